@@ -1,0 +1,60 @@
+"""Draft attention on tensors: pool, choose blocks, compute."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from draftattn.config import DraftConfig
+from draftattn.inputs import AttentionInputs
+from draftattn.kernels.api import BlockMeans, block_sparse_attention
+from draftattn.kernels.block_mask import BlockMask
+from draftattn.layout import BlockLayout
+from draftattn.policy import CallContext, DraftPolicy
+
+
+def draft_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    config: DraftConfig | None = None,
+    *,
+    scale: float | None = None,
+    text_lengths: Tensor | None = None,
+) -> Tensor:
+    """Self-attention over a video whose tokens are in blocked order, computed where the draft says it matters.
+
+    Args:
+        query: ``[B, S, H, D]``: the video tokens in the order of ``layout.permutation``, then the text tokens.
+        key: ``[B, S, H_kv, D]``.
+        value: ``[B, S, H_kv, D]``.
+        layout: the blocks, from `draftattn.block_layout`.
+        config: the settings; ``warmup`` and ``dense_layers`` have no meaning here.
+        scale: factor of the scores, ``D ** -0.5`` if None.
+        text_lengths: ``[B]``, valid leading text tokens of each item; None if all are valid.
+
+    Returns:
+        ``[B, S, H, D]``.
+
+    >>> import torch
+    >>> from draftattn import TokenGrid, block_layout
+    >>> layout = block_layout(TokenGrid(2, 12, 20))
+    >>> query, key, value = torch.randn(3, 1, layout.num_tokens, 2, 32).unbind()
+    >>> draft_attention(query, key, value, layout, DraftConfig(sparsity=0.5)).shape
+    torch.Size([1, 480, 2, 32])
+    """
+    config = DraftConfig() if config is None else config
+    inputs = AttentionInputs(query, key, value, layout, text_lengths)
+    mask = DraftPolicy(config)(inputs, CallContext(), scale)
+    return attend(inputs, mask, config, scale=scale)
+
+
+def attend(inputs: AttentionInputs, mask: BlockMask, config: DraftConfig, *, scale: float | None = None) -> Tensor:
+    """Runs the kernel of ``config.backend`` over a mask, with the residual if the config asks for it."""
+    residual = None
+    if config.residual:
+        dtype = inputs.query.dtype
+        residual = BlockMeans(inputs.mean_key.to(dtype), inputs.mean_value.to(dtype))
+    return block_sparse_attention(
+        inputs.query, inputs.key, inputs.value, mask, scale=scale, residual=residual, backend=config.backend
+    )

@@ -1,0 +1,32 @@
+"""The draft: a low-resolution attention map between block means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from draftattn.inputs import AttentionInputs
+
+
+def draft_map(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
+    r"""Softmax attention between the mean queries and mean keys of the video blocks.
+
+    :math:`A = \mathrm{softmax}(\bar Q \bar K^\top / \sqrt D + \log n)` with :math:`n` the tokens of a key block, so
+    that an entry estimates the attention mass a query block puts on a key block even where blocks are ragged. Where
+    all blocks hold the same number of tokens this is the published draft map (DraftAttention, arXiv 2505.14708,
+    section 4).
+
+    Args:
+        inputs: the attention call.
+        scale: factor of the scores, ``D ** -0.5`` if None.
+
+    Returns:
+        float32 ``[B, H, V, V]`` with ``V`` the number of video blocks; rows sum to 1.
+    """
+    video_blocks = inputs.layout.num_video_blocks
+    query, key = inputs.mean_query[:, :video_blocks], inputs.mean_key[:, :video_blocks]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+    scores = (query * scale).transpose(1, 2) @ key.permute(0, 2, 3, 1)
+    log_count = inputs.layout.offsets[: video_blocks + 1].diff().to(scores.dtype).log()
+    return torch.softmax(scores + log_count, dim=-1)

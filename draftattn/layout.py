@@ -1,0 +1,232 @@
+"""Block layout: the token order in which every kernel block is a compact tile of the video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from draftattn.errors import InputError
+
+PUBLISHED_TILE = (1, 8, 16)
+MAX_BLOCK_SIZE = 128
+
+
+class TokenGrid(NamedTuple):
+    """Frames, height and width of a video in tokens, after patchify.
+
+    >>> TokenGrid(21, 30, 52).num_tokens
+    32760
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole video."""
+        return self.frames * self.height * self.width
+
+
+class Tile(NamedTuple):
+    """Largest extent of a block in frames, rows and columns of the token grid."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a full tile."""
+        return self.frames * self.height * self.width
+
+
+def validate_tile(tile: tuple[int, int, int], block_size: int) -> Tile:
+    """Checks a user's tile against the block size.
+
+    Raises:
+        InputError: unless the tile is three positive integers whose product is at most ``block_size``.
+    """
+    if len(tile) != 3 or not all(isinstance(side, int) and side >= 1 for side in tile):
+        raise InputError(f"tile is {tile!r}; it must be three positive integers (frames, height, width)")
+    checked = Tile(*tile)
+    if checked.num_tokens > block_size:
+        raise InputError(
+            f"tile {_times(checked)} holds {checked.num_tokens} tokens; a block holds at most {block_size}"
+        )
+    return checked
+
+
+def choose_tile(grid: TokenGrid, block_size: int = MAX_BLOCK_SIZE) -> Tile:
+    """The within-frame tile that covers a grid with the fewest blocks.
+
+    A kernel spends the time of a whole block on a ragged one, so the work at a given density falls with the square
+    of the number of blocks. The published 8×16 covers a 30×52 frame (480p) with 16 blocks that are 76 % full; 15×8
+    does it with 14 that are 87 % full. The rule: of all ways to cut a frame into equal rows and columns of tiles of
+    at most ``block_size`` tokens, whose longer side is at most twice the shorter (no more elongated than the
+    published tile), take the one with the fewest blocks; of equals the most compact, then the published
+    orientation. Where 8×16 divides the frame it is always chosen.
+
+    >>> choose_tile(TokenGrid(33, 48, 80)), choose_tile(TokenGrid(21, 30, 52))
+    (Tile(frames=1, height=8, width=16), Tile(frames=1, height=15, width=8))
+    """
+    _, height, width = grid
+    best: tuple[tuple[int, int, int], Tile] | None = None
+    for height_pieces in range(1, height + 1):
+        tile_height = math.ceil(height / height_pieces)
+        for width_pieces in range(math.ceil(width * tile_height / block_size), width + 1):
+            tile_width = math.ceil(width / width_pieces)
+            # A frame narrower than any compact tile leaves no choice but an elongated one.
+            elongated = max(tile_height, tile_width) > 2 * min(tile_height, tile_width)
+            unavoidable = min(height, width) == min(tile_height, tile_width)
+            if tile_height * tile_width > block_size or (elongated and not unavoidable):
+                continue
+            published = (tile_height, tile_width) == PUBLISHED_TILE[1:]
+            cost = (height_pieces * width_pieces, tile_height + tile_width, 0 if published else 1)
+            if best is None or cost < best[0]:
+                best = cost, Tile(1, tile_height, tile_width)
+            break
+    assert best is not None  # one token per tile always fits
+    return best[1]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """A permutation of the video tokens under which every block is a space-time tile.
+
+    Blocks follow each other by frames, then rows, then columns; inside a block tokens keep their order. With tiles
+    of one frame the order of frames is kept. A side that the tile does not divide is cut into the same number of
+    pieces of nearly equal length, so no block is a sliver and no padding token exists. Text tokens, if any, follow
+    the video in blocks of their own.
+
+    Args:
+        grid: the token grid.
+        tile: largest extent of a block.
+        block_size: the most tokens a block holds.
+        num_text_tokens: tokens after the video.
+        permutation: int64 ``[grid.num_tokens]``: the token that stands at each place of the blocked order.
+        inverse: int64 ``[grid.num_tokens]``: the place of each token in the blocked order.
+        offsets: int32 ``[num_blocks + 1]``: block boundaries, text blocks included.
+        num_video_blocks: blocks of video; the rest are text.
+
+    Build it with `block_layout`, which caches.
+    """
+
+    grid: TokenGrid
+    tile: Tile
+    block_size: int
+    num_text_tokens: int
+    permutation: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    num_video_blocks: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of video and text."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of video and text."""
+        return self.grid.num_tokens + self.num_text_tokens
+
+    def to_blocks(self, x: Tensor, dim: int) -> Tensor:
+        """Reorders the video tokens along ``dim`` into blocks. ``x`` holds video tokens only along it."""
+        return x.index_select(dim, self.permutation.to(x.device))
+
+    def from_blocks(self, x: Tensor, dim: int) -> Tensor:
+        """Undoes `to_blocks`."""
+        return x.index_select(dim, self.inverse.to(x.device))
+
+    def key_offsets(self, text_lengths: Tensor | None) -> Tensor:
+        """Block boundaries where each batch item has its own number of valid text tokens.
+
+        Args:
+            text_lengths: ``[B]``, valid text tokens of each item (the leading ones), or None where all are valid.
+
+        Returns:
+            ``offsets`` ``[num_blocks + 1]``, or int32 ``[B, num_blocks + 1]``: text past an item's length is in no
+            block, so no kernel reads it.
+        """
+        if text_lengths is None:
+            return self.offsets
+        ends = self.grid.num_tokens + text_lengths.to(self.offsets)
+        return torch.minimum(self.offsets[None], ends[:, None]).contiguous()
+
+
+def block_layout(
+    grid: TokenGrid,
+    tile: tuple[int, int, int] | None = None,
+    *,
+    block_size: int = MAX_BLOCK_SIZE,
+    num_text_tokens: int = 0,
+    device: torch.device | str = "cpu",
+) -> BlockLayout:
+    """The block layout of a token grid, from a cache.
+
+    Args:
+        grid: ``(frames, height, width)`` in tokens.
+        tile: largest extent of a block; None for `choose_tile`. A side longer than the grid's is cut to it.
+        block_size: the most tokens a block holds, at most 128.
+        num_text_tokens: text tokens that follow the video.
+        device: where the index tensors live.
+
+    Raises:
+        InputError: if the grid is empty or the tile does not fit into a block.
+
+    >>> layout = block_layout(TokenGrid(2, 3, 5), (1, 2, 4))
+    >>> layout.offsets.diff().tolist()
+    [4, 6, 2, 3, 4, 6, 2, 3]
+    """
+    if min(grid) < 1 or num_text_tokens < 0:
+        raise InputError(f"token grid {tuple(grid)} with {num_text_tokens} text tokens; every side must be positive")
+    grid = TokenGrid(*grid)
+    chosen = choose_tile(grid, block_size) if tile is None else validate_tile(tile, block_size)
+    return _build_layout(grid, chosen, block_size, num_text_tokens, torch.device(device))
+
+
+@lru_cache(maxsize=32)
+def _build_layout(
+    grid: TokenGrid, tile: Tile, block_size: int, num_text_tokens: int, device: torch.device
+) -> BlockLayout:
+    tokens = torch.arange(grid.num_tokens).view(grid)
+    order: list[Tensor] = []
+    lengths: list[int] = []
+    for frames in _pieces(grid.frames, tile.frames):
+        for rows in _pieces(grid.height, tile.height):
+            for columns in _pieces(grid.width, tile.width):
+                block = tokens[frames, rows, columns].flatten()
+                order.append(block)
+                lengths.append(block.numel())
+    num_video_blocks = len(lengths)
+    lengths += [piece.stop - piece.start for piece in _pieces(num_text_tokens, block_size)]
+    permutation = torch.cat(order)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return BlockLayout(
+        grid=grid,
+        tile=tile,
+        block_size=block_size,
+        num_text_tokens=num_text_tokens,
+        permutation=permutation.to(device),
+        inverse=permutation.argsort().to(device),
+        offsets=offsets.to(device, torch.int32),
+        num_video_blocks=num_video_blocks,
+    )
+
+
+def _pieces(length: int, limit: int) -> Iterator[slice]:
+    """Cuts ``length`` into the fewest pieces of at most ``limit``, as equal as can be."""
+    count = math.ceil(length / limit)
+    for i in range(count):
+        yield slice(i * length // count, (i + 1) * length // count)
+
+
+def _times(sides: tuple[int, ...]) -> str:
+    return "×".join(map(str, sides))

@@ -1,0 +1,88 @@
+"""Which implementation serves a call, and why another cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+BackendName = Literal["auto", "reference", "cpu", "triton"]
+
+TRITON_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def choose_backend(backend: BackendName, query: Tensor, key: Tensor, value: Tensor) -> BackendName:
+    """The backend that will serve these tensors: the one asked for, or with ``"auto"`` the fastest that can.
+
+    Raises:
+        ValueError: if the name is unknown, or the backend asked for cannot serve, with all the reasons.
+    """
+    if backend not in get_args(BackendName):
+        raise ValueError(f"backend is {backend!r}; choose from {', '.join(get_args(BackendName))}")
+    if backend == "auto":
+        candidates: tuple[BackendName, ...] = ("triton",) if query.device.type == "cuda" else ("cpu",)
+        reasons: list[str] = []
+        for candidate in candidates:
+            refused = reasons_against(candidate, query, key, value)
+            if not refused:
+                return candidate
+            reasons += [f"{candidate}: {reason}" for reason in refused]
+        _warn_slow("; ".join(reasons))
+        return "reference"
+    if reasons := reasons_against(backend, query, key, value):
+        raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
+    return backend
+
+
+def reasons_against(backend: BackendName, query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Every reason why a backend cannot serve these tensors; empty if it can."""
+    reasons: list[str] = []
+    if backend == "triton":
+        reasons += reasons_against_platform("triton")
+        if query.device.type != "cuda" and not triton_interpreted():
+            reasons.append(f"tensors are on {query.device.type}, it needs a CUDA or ROCm device")
+        if query.dtype not in TRITON_DTYPES:
+            reasons.append(f"dtype {query.dtype} is not fp16, bf16 or fp32")
+        if query.shape[-1] not in TRITON_HEAD_DIMS:
+            reasons.append(f"head_dim {query.shape[-1]} is not one of {TRITON_HEAD_DIMS}")
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.stride(-1) != 1:
+                reasons.append(f"the last dimension of {name} is not contiguous")
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+            reasons.append("it has no backward pass")
+    if backend == "cpu" and query.device.type != "cpu":
+        reasons.append(f"tensors are on {query.device.type}, it needs the CPU")
+    return reasons
+
+
+def reasons_against_platform(backend: BackendName) -> list[str]:
+    """Why a backend can serve no call at all on this machine; empty if it can."""
+    if backend != "triton":
+        return []
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append(f"the package triton is not installed (on {platform.system()})")
+    if not torch.cuda.is_available() and not triton_interpreted():
+        reasons.append("torch sees no CUDA or ROCm device")
+    return reasons
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), which works without a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_warned: set[str] = set()
+
+
+def _warn_slow(reasons: str) -> None:
+    if reasons not in _warned:
+        _warned.add(reasons)
+        import warnings
+
+        warnings.warn(f"block-sparse attention runs on its slow reference backend ({reasons})", stacklevel=3)

@@ -1,0 +1,203 @@
+"""Which key blocks each query block attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """A block-sparse attention pattern over ragged blocks, in FlexAttention's vocabulary.
+
+    Query block ``i`` holds the tokens ``query_offsets[i] : query_offsets[i + 1]`` and attends to the key blocks
+    ``kv_indices[b, h, i, : kv_num_blocks[b, h, i]]``. Blocks may hold fewer than ``block_size`` tokens, or none.
+
+    Args:
+        kv_num_blocks: int32 ``[B | 1, H | 1, Q]``, how many key blocks a query block attends to.
+        kv_indices: int32 ``[B | 1, H | 1, Q, C]``, their ids: distinct, ascending, left-packed. Entries past
+            ``kv_num_blocks`` are never used but must be valid ids.
+        query_offsets: int32 ``[Q + 1]``, block boundaries in the query sequence.
+        key_offsets: int32 ``[K + 1]``, or ``[B, K + 1]`` where batch items hold different numbers of valid keys.
+        block_size: the most tokens any block holds, at most 128.
+
+    A dimension of 1 is shared by all batch items or heads. Heads are query heads.
+
+    >>> offsets = torch.tensor([0, 100, 200, 230], dtype=torch.int32)
+    >>> block_map = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool)
+    >>> mask = BlockMask.from_block_map(block_map[None, None], offsets, offsets)
+    >>> mask.kv_num_blocks.tolist(), mask.kv_indices[0, 0, 0, :2].tolist()
+    ([[[2, 2, 3]]], [0, 2])
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.block_size <= 128:
+            raise ValueError(f"block_size is {self.block_size}; a block holds 1 to 128 tokens")
+        if self.kv_indices.ndim != 4 or self.kv_num_blocks.shape != self.kv_indices.shape[:3]:
+            raise ValueError(
+                "kv_num_blocks must be [B, H, Q] and kv_indices [B, H, Q, C]; got "
+                f"{list(self.kv_num_blocks.shape)} and {list(self.kv_indices.shape)}"
+            )
+        if self.query_offsets.shape != (self.kv_num_blocks.shape[2] + 1,):
+            raise ValueError(
+                f"query_offsets must hold {self.kv_num_blocks.shape[2] + 1} boundaries for "
+                f"{self.kv_num_blocks.shape[2]} query blocks; got shape {list(self.query_offsets.shape)}"
+            )
+        if self.key_offsets.ndim not in (1, 2):
+            raise ValueError(f"key_offsets must be [K + 1] or [B, K + 1]; got shape {list(self.key_offsets.shape)}")
+        for name in ("kv_num_blocks", "kv_indices", "query_offsets", "key_offsets"):
+            tensor = getattr(self, name)
+            if tensor.dtype != torch.int32:
+                raise ValueError(f"{name} must be int32; got {tensor.dtype}")
+
+    @property
+    def num_query_blocks(self) -> int:
+        """Number of query blocks, Q."""
+        return self.kv_num_blocks.shape[2]
+
+    @property
+    def num_key_blocks(self) -> int:
+        """Number of key blocks, K."""
+        return self.key_offsets.shape[-1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the index tensors."""
+        return self.kv_indices.device
+
+    @cached_property
+    def block_map(self) -> Tensor:
+        """The same pattern as a boolean map ``[B | 1, H | 1, Q, K]``."""
+        columns = torch.arange(self.kv_indices.shape[-1], device=self.device)
+        # Unused entries go to a spare last column, so that they cannot unset a used id.
+        ids = torch.where(columns < self.kv_num_blocks[..., None], self.kv_indices, self.num_key_blocks)
+        block_map = torch.zeros(*ids.shape[:3], self.num_key_blocks + 1, dtype=torch.bool, device=self.device)
+        return block_map.scatter_(-1, ids.long(), True)[..., :-1].contiguous()
+
+    @property
+    def density(self) -> Tensor:
+        """Share of all query-key scores that is computed, a float32 scalar on the mask's device (no host sync)."""
+        query_lengths = self.query_offsets.diff().float()
+        key_lengths = self.key_offsets.diff(dim=-1).float()
+        if key_lengths.ndim == 1:
+            key_lengths = key_lengths[None]
+        # [B | 1, H | 1, Q]: keys computed for each query of a block
+        keys_per_row = torch.einsum("bhqk,bk->bhq", self.block_map.float(), key_lengths.expand(self._batch, -1))
+        computed = (keys_per_row * query_lengths).sum(-1)
+        return (computed / (query_lengths.sum() * key_lengths.sum(-1, keepdim=True))).mean()
+
+    @property
+    def _batch(self) -> int:
+        return max(self.kv_num_blocks.shape[0], self.key_offsets.shape[0] if self.key_offsets.ndim == 2 else 1)
+
+    @classmethod
+    def from_block_map(
+        cls,
+        block_map: Tensor,
+        query_offsets: Tensor,
+        key_offsets: Tensor,
+        block_size: int = 128,
+        max_blocks_per_row: int | None = None,
+    ) -> BlockMask:
+        """Builds the index lists of a boolean map on its device, without a host sync.
+
+        Args:
+            block_map: bool ``[B | 1, H | 1, Q, K]``, true where a block pair is computed.
+            query_offsets: int32 ``[Q + 1]``.
+            key_offsets: int32 ``[K + 1]`` or ``[B, K + 1]``.
+            block_size: the most tokens any block holds.
+            max_blocks_per_row: an upper bound on the true entries of a row, where the caller knows one: the lists
+                are then only that long. A row with more would lose blocks.
+        """
+        if block_map.ndim != 4 or block_map.dtype != torch.bool:
+            raise ValueError(f"block_map must be bool [B, H, Q, K]; got {block_map.dtype} {list(block_map.shape)}")
+        if block_map.shape[-1] != key_offsets.shape[-1] - 1:
+            raise ValueError(
+                f"block_map has {block_map.shape[-1]} key blocks and key_offsets describes {key_offsets.shape[-1] - 1}"
+            )
+        num_key_blocks = block_map.shape[-1]
+        capacity = max(1, num_key_blocks if max_blocks_per_row is None else min(max_blocks_per_row, num_key_blocks))
+        rank = block_map.cumsum(-1, dtype=torch.int32)
+        # Each chosen id moves to its rank; all others go to a spare last slot.
+        slot = torch.where(block_map, rank - 1, capacity).long()
+        ids = torch.arange(num_key_blocks, dtype=torch.int32, device=block_map.device).expand(block_map.shape)
+        kv_indices = torch.zeros(*block_map.shape[:3], capacity + 1, dtype=torch.int32, device=block_map.device)
+        kv_indices.scatter_(-1, slot.clamp_(max=capacity), ids)
+        mask = cls(
+            kv_num_blocks=rank[..., -1].contiguous(),
+            kv_indices=kv_indices[..., :-1].contiguous(),
+            query_offsets=query_offsets,
+            key_offsets=key_offsets,
+            block_size=block_size,
+        )
+        mask.__dict__["block_map"] = block_map  # spares the cached property its scatter
+        return mask
+
+    def to_dense(self, batch_index: int = 0) -> Tensor:
+        """The token-level boolean mask ``[H | 1, S_q, S_k]`` of one batch item. For tests and pictures: it is S×S."""
+        offsets = self.key_offsets if self.key_offsets.ndim == 1 else self.key_offsets[batch_index]
+        block_map = self.block_map[min(batch_index, self.block_map.shape[0] - 1)]
+        rows = block_map.repeat_interleave(self.query_offsets.diff().long(), dim=1)
+        return rows.repeat_interleave(offsets.diff().long(), dim=2)
+
+    def to_flex(self) -> FlexBlockMask:
+        """The same pattern as a ``torch.nn.attention.flex_attention.BlockMask``.
+
+        Raises:
+            ValueError: if blocks other than the last are ragged or batch items have their own key offsets, which
+                torch's mask cannot express.
+        """
+        from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+        if self.key_offsets.ndim == 2:
+            raise ValueError("torch's BlockMask cannot hold key offsets per batch item")
+        for name, offsets in (("query", self.query_offsets), ("key", self.key_offsets)):
+            if bool((offsets.diff()[:-1] != self.block_size).any()):
+                raise ValueError(
+                    f"torch's BlockMask needs {name} blocks of {self.block_size} tokens; some blocks are ragged"
+                )
+        return FlexBlockMask.from_kv_blocks(
+            kv_num_blocks=torch.zeros_like(self.kv_num_blocks),
+            kv_indices=torch.zeros_like(self.kv_indices),
+            full_kv_num_blocks=self.kv_num_blocks,
+            full_kv_indices=self.kv_indices,
+            BLOCK_SIZE=self.block_size,
+            seq_lengths=(int(self.query_offsets[-1]), int(self.key_offsets[-1])),
+        )
+
+    @classmethod
+    def from_flex(cls, mask: FlexBlockMask) -> BlockMask:
+        """Takes the pattern of a torch ``BlockMask`` whose blocks are square, full and at most 128 tokens.
+
+        Raises:
+            ValueError: if some blocks are partial (they carry a ``mask_mod`` this kernel does not run).
+        """
+        block_size = mask.BLOCK_SIZE[0]
+        if mask.BLOCK_SIZE[1] != block_size:
+            raise ValueError(f"torch BlockMask has blocks of {mask.BLOCK_SIZE}; they must be square")
+        if mask.full_kv_num_blocks is None or mask.full_kv_indices is None or bool((mask.kv_num_blocks > 0).any()):
+            raise ValueError("torch BlockMask has partial blocks (mask_mod); only full blocks can be taken over")
+        device = mask.full_kv_indices.device
+        query_offsets, key_offsets = (
+            torch.arange(0, length + block_size, block_size, dtype=torch.int32, device=device).clamp_(max=length)
+            for length in mask.seq_lengths
+        )
+        columns = torch.arange(mask.full_kv_indices.shape[-1], device=device)
+        used = columns < mask.full_kv_num_blocks[..., None]
+        num_key_blocks = key_offsets.shape[0] - 1
+        block_map = torch.zeros(*used.shape[:3], num_key_blocks + 1, dtype=torch.bool, device=device)
+        block_map.scatter_(-1, torch.where(used, mask.full_kv_indices, num_key_blocks).long(), True)
+        return cls.from_block_map(block_map[..., :-1], query_offsets, key_offsets, block_size)

@@ -1,0 +1,78 @@
+"""Block-sparse attention in plain torch: the oracle every other backend is tested against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from draftattn.kernels.api import BlockMeans
+    from draftattn.kernels.block_mask import BlockMask
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    causal: bool,
+    residual: BlockMeans | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Masked dense attention in float32, or float64 for float64 inputs; differentiable. Memory grows with S_q · S_k.
+
+    See ``draftattn.kernels.block_sparse_attention`` for the arguments.
+    """
+    batch, query_length, heads, _ = query.shape
+    key_length = key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    group = heads // key.shape[2]
+
+    def per_query_head(x: Tensor) -> Tensor:
+        return x.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1)
+
+    keys, values = per_query_head(key), per_query_head(value)
+    query_block = _block_of_token(block_mask.query_offsets[None], query_length).expand(batch, -1)
+    key_block = _block_of_token(torch.atleast_2d(block_mask.key_offsets), key_length).expand(batch, -1)
+
+    # A spare last row and column, never allowed, stand for tokens outside every block.
+    block_map = torch.nn.functional.pad(block_mask.block_map, (0, 1, 0, 1)).expand(batch, heads, -1, -1)
+    item = torch.arange(batch, device=query.device)[:, None, None, None]
+    head = torch.arange(heads, device=query.device)[None, :, None, None]
+    allowed = block_map[item, head, query_block[:, None, :, None], key_block[:, None, None, :]]
+
+    # bottom-right alignment: the last query sees every key
+    last_visible = torch.arange(query_length, device=query.device) + key_length - query_length
+    if causal:
+        allowed = allowed & (torch.arange(key_length, device=query.device) <= last_visible[:, None])
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=query.device).masked_fill_(~allowed, -torch.inf)
+
+    if residual is not None:
+        offsets = torch.atleast_2d(block_mask.key_offsets).expand(batch, -1)
+        skipped = ~block_map[item, head, query_block[:, None, :, None], :][..., 0, :-1]
+        skipped &= (query_block < block_mask.num_query_blocks)[:, None, :, None]
+        if causal:
+            skipped = skipped & (offsets[:, None, None, 1:] <= last_visible[:, None] + 1)
+        log_count = offsets.diff(dim=-1).to(dtype).log()[:, None, None, :]
+        mean_bias = torch.where(skipped, log_count, -torch.inf)
+        keys = torch.cat([keys, per_query_head(residual.key)], dim=2)
+        values = torch.cat([values, per_query_head(residual.value)], dim=2)
+        bias = torch.cat([bias, mean_bias], dim=-1)
+
+    scores = query.to(dtype).transpose(1, 2) @ keys.transpose(-1, -2) * scale + bias
+    lse = scores.logsumexp(-1)
+    # exp(-inf - -inf) would be NaN: rows that see nothing are pinned to a finite pivot
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    output = (weights @ values).transpose(1, 2).to(query.dtype)
+    return output, lse.float() if return_lse else None
+
+
+def _block_of_token(offsets: Tensor, length: int) -> Tensor:
+    """The block id of each token, ``[B, length]``; the number of blocks where a token is in none."""
+    token = torch.arange(length, device=offsets.device, dtype=offsets.dtype).expand(offsets.shape[0], -1)
+    block = torch.searchsorted(offsets.contiguous(), token.contiguous(), right=True) - 1
+    return torch.where(block < 0, offsets.shape[1] - 1, block)
