@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,7 +54,8 @@ class DraftConfig:
     def __post_init__(self) -> None:
         if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity is {self.sparsity!r}; it must be in [0, 1): the share of blocks dropped")
-        if not _is_number(self.warmup) or self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
+        most = 1.0 if isinstance(self.warmup, float) else math.inf
+        if not _is_number(self.warmup) or not 0 <= self.warmup <= most:
             raise InputError(
                 f"warmup is {self.warmup!r}; it must be a share of the steps in [0.0, 1.0] or a whole number of steps"
             )
@@ -64,11 +66,10 @@ class DraftConfig:
         if self.backend not in get_args(BackendName):
             raise InputError(f"backend is {self.backend!r}; choose from {', '.join(get_args(BackendName))}")
         if self.tile is not None:
-            object.__setattr__(self, "tile", tuple(self.tile))
-            validate_tile(self.tile, self.block_size)
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        if not all(isinstance(layer, int) for layer in self.dense_layers):
+            object.__setattr__(self, "tile", tuple(validate_tile(self.tile, self.block_size)))
+        if not isinstance(self.dense_layers, Iterable) or not all(type(layer) is int for layer in self.dense_layers):
             raise InputError(f"dense_layers is {self.dense_layers!r}; it must hold layer numbers")
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Leading dense steps of a run of ``num_steps``."""

@@ -53,7 +53,11 @@ def validate_tile(tile: tuple[int, int, int], block_size: int) -> Tile:
     Raises:
         InputError: unless the tile is three positive integers whose product is at most ``block_size``.
     """
-    if len(tile) != 3 or not all(isinstance(side, int) and side >= 1 for side in tile):
+    if (
+        not isinstance(tile, (tuple, list))
+        or len(tile) != 3
+        or not all(type(side) is int and side >= 1 for side in tile)
+    ):
         raise InputError(f"tile is {tile!r}; it must be three positive integers (frames, height, width)")
     checked = Tile(*tile)
     if checked.num_tokens > block_size:
@@ -63,6 +67,7 @@ def validate_tile(tile: tuple[int, int, int], block_size: int) -> Tile:
     return checked
 
 
+@lru_cache(maxsize=256)
 def choose_tile(grid: TokenGrid, block_size: int = MAX_BLOCK_SIZE) -> Tile:
     """The within-frame tile that covers a grid with the fewest blocks.
 
@@ -70,25 +75,26 @@ def choose_tile(grid: TokenGrid, block_size: int = MAX_BLOCK_SIZE) -> Tile:
     of the number of blocks. The published 8×16 covers a 30×52 frame (480p) with 16 blocks that are 76 % full; 15×8
     does it with 14 that are 87 % full. The rule: of all ways to cut a frame into equal rows and columns of tiles of
     at most ``block_size`` tokens, whose longer side is at most twice the shorter (no more elongated than the
-    published tile), take the one with the fewest blocks; of equals the most compact, then the published
-    orientation. Where 8×16 divides the frame it is always chosen.
+    published tile), and the cut that the published tile itself makes, take the one with the fewest blocks; of equals
+    the most compact, then the published orientation. Where 8×16 divides the frame it is always chosen, and nowhere
+    are there more blocks than with 8×16.
 
     >>> choose_tile(TokenGrid(33, 48, 80)), choose_tile(TokenGrid(21, 30, 52))
     (Tile(frames=1, height=8, width=16), Tile(frames=1, height=15, width=8))
     """
     _, height, width = grid
-    best: tuple[tuple[int, int, int], Tile] | None = None
+    published = _even(height, PUBLISHED_TILE[1]), _even(width, PUBLISHED_TILE[2])
+    best: tuple[tuple[int, int, bool], Tile] | None = None
     for height_pieces in range(1, height + 1):
         tile_height = math.ceil(height / height_pieces)
         for width_pieces in range(math.ceil(width * tile_height / block_size), width + 1):
             tile_width = math.ceil(width / width_pieces)
             # A frame narrower than any compact tile leaves no choice but an elongated one.
             elongated = max(tile_height, tile_width) > 2 * min(tile_height, tile_width)
-            unavoidable = min(height, width) == min(tile_height, tile_width)
+            unavoidable = min(height, width) == min(tile_height, tile_width) or (tile_height, tile_width) == published
             if tile_height * tile_width > block_size or (elongated and not unavoidable):
                 continue
-            published = (tile_height, tile_width) == PUBLISHED_TILE[1:]
-            cost = (height_pieces * width_pieces, tile_height + tile_width, 0 if published else 1)
+            cost = (height_pieces * width_pieces, tile_height + tile_width, tile_height > tile_width)
             if best is None or cost < best[0]:
                 best = cost, Tile(1, tile_height, tile_width)
             break
@@ -179,7 +185,7 @@ def block_layout(
         device: where the index tensors live.
 
     Raises:
-        InputError: if the grid is empty or the tile does not fit into a block.
+        InputError: if the grid is empty, the tile does not fit into a block, or the block size is out of range.
 
     >>> layout = block_layout(TokenGrid(2, 3, 5), (1, 2, 4))
     >>> layout.offsets.diff().tolist()
@@ -187,6 +193,8 @@ def block_layout(
     """
     if min(grid) < 1 or num_text_tokens < 0:
         raise InputError(f"token grid {tuple(grid)} with {num_text_tokens} text tokens; every side must be positive")
+    if not 1 <= block_size <= MAX_BLOCK_SIZE:
+        raise InputError(f"block_size is {block_size!r}; a block holds 1 to {MAX_BLOCK_SIZE} tokens")
     grid = TokenGrid(*grid)
     chosen = choose_tile(grid, block_size) if tile is None else validate_tile(tile, block_size)
     return _build_layout(grid, chosen, block_size, num_text_tokens, torch.device(device))
@@ -226,6 +234,11 @@ def _pieces(length: int, limit: int) -> Iterator[slice]:
     count = math.ceil(length / limit)
     for i in range(count):
         yield slice(i * length // count, (i + 1) * length // count)
+
+
+def _even(length: int, limit: int) -> int:
+    """The longest of the nearly equal pieces that `_pieces` cuts."""
+    return math.ceil(length / math.ceil(length / limit))
 
 
 def _times(sides: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from draftattn.kernels.block_mask import BlockMask
 class BlockMeans(NamedTuple):
     """Mean key and mean value of every key block: what a skipped block contributes through (the *residual*).
 
-    Both are ``[B, K, H_kv, D]``, in the dtype of the keys; ``draftattn.kernels.pool_blocks`` makes them.
+    Both are ``[B, K, H_kv, D]``, in the dtype of the keys; ``draftattn.kernels.pooling.pool_blocks`` makes them.
     """
 
     key: Tensor

@@ -48,6 +48,8 @@ def reasons_against(backend: BackendName, query: Tensor, key: Tensor, value: Ten
             reasons.append(f"tensors are on {query.device.type}, it needs a CUDA or ROCm device")
         if query.dtype not in TRITON_DTYPES:
             reasons.append(f"dtype {query.dtype} is not fp16, bf16 or fp32")
+        if _interpreter_is_wrong(query.dtype):
+            reasons.append("Triton's interpreter gets bf16 products wrong")
         if query.shape[-1] not in TRITON_HEAD_DIMS:
             reasons.append(f"head_dim {query.shape[-1]} is not one of {TRITON_HEAD_DIMS}")
         for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -74,7 +76,12 @@ def reasons_against_platform(backend: BackendName) -> list[str]:
 
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), which works without a GPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _interpreter_is_wrong(dtype: torch.dtype) -> bool:
+    # it multiplies the bits of bf16 as integers, in Triton 3.9
+    return dtype == torch.bfloat16 and triton_interpreted()
 
 
 _warned: set[str] = set()

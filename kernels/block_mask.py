@@ -62,6 +62,8 @@ class BlockMask:
             tensor = getattr(self, name)
             if tensor.dtype != torch.int32:
                 raise ValueError(f"{name} must be int32; got {tensor.dtype}")
+            if tensor.device != self.device:
+                raise ValueError(f"{name} is on {tensor.device}, kv_indices on {self.device}")
 
     @property
     def num_query_blocks(self) -> int:
@@ -120,7 +122,7 @@ class BlockMask:
             key_offsets: int32 ``[K + 1]`` or ``[B, K + 1]``.
             block_size: the most tokens any block holds.
             max_blocks_per_row: an upper bound on the true entries of a row, where the caller knows one: the lists
-                are then only that long. A row with more would lose blocks.
+                are then only that long. A row with more keeps its first ones.
         """
         if block_map.ndim != 4 or block_map.dtype != torch.bool:
             raise ValueError(f"block_map must be bool [B, H, Q, K]; got {block_map.dtype} {list(block_map.shape)}")
@@ -137,17 +139,21 @@ class BlockMask:
         kv_indices = torch.zeros(*block_map.shape[:3], capacity + 1, dtype=torch.int32, device=block_map.device)
         kv_indices.scatter_(-1, slot.clamp_(max=capacity), ids)
         mask = cls(
-            kv_num_blocks=rank[..., -1].contiguous(),
+            kv_num_blocks=block_map.sum(-1, dtype=torch.int32).clamp(max=capacity),
             kv_indices=kv_indices[..., :-1].contiguous(),
             query_offsets=query_offsets,
             key_offsets=key_offsets,
             block_size=block_size,
         )
-        mask.__dict__["block_map"] = block_map  # spares the cached property its scatter
+        if capacity >= num_key_blocks:
+            mask.__dict__["block_map"] = block_map  # spares the cached property its scatter
         return mask
 
     def to_dense(self, batch_index: int = 0) -> Tensor:
-        """The token-level boolean mask ``[H | 1, S_q, S_k]`` of one batch item. For tests and pictures: it is S×S."""
+        """The token-level boolean mask ``[H | 1, S_q, S_k]`` of one batch item. For tests and pictures: it is S×S.
+
+        It spans the tokens of the blocks: offsets that begin at 0 and end at the sequence's length give all of them.
+        """
         offsets = self.key_offsets if self.key_offsets.ndim == 1 else self.key_offsets[batch_index]
         block_map = self.block_map[min(batch_index, self.block_map.shape[0] - 1)]
         rows = block_map.repeat_interleave(self.query_offsets.diff().long(), dim=1)

@@ -25,7 +25,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Masked dense attention in float32, or float64 for float64 inputs; differentiable. Memory grows with S_q · S_k.
 
-    See ``draftattn.kernels.block_sparse_attention`` for the arguments.
+    See ``draftattn.kernels.api.block_sparse_attention`` for the arguments.
     """
     batch, query_length, heads, _ = query.shape
     key_length = key.shape[1]
@@ -35,9 +35,12 @@ def attention_forward(
     def per_query_head(x: Tensor) -> Tensor:
         return x.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1)
 
-    keys, values = per_query_head(key), per_query_head(value)
     query_block = _block_of_token(block_mask.query_offsets[None], query_length).expand(batch, -1)
     key_block = _block_of_token(torch.atleast_2d(block_mask.key_offsets), key_length).expand(batch, -1)
+
+    # Keys outside every block may hold anything, NaN too, and 0 * NaN would spread it.
+    outside = (key_block == block_mask.num_key_blocks)[:, None, :, None]
+    keys, values = (per_query_head(x).masked_fill(outside, 0.0) for x in (key, value))
 
     # A spare last row and column, never allowed, stand for tokens outside every block.
     block_map = torch.nn.functional.pad(block_mask.block_map, (0, 1, 0, 1)).expand(batch, heads, -1, -1)
@@ -49,7 +52,7 @@ def attention_forward(
     last_visible = torch.arange(query_length, device=query.device) + key_length - query_length
     if causal:
         allowed = allowed & (torch.arange(key_length, device=query.device) <= last_visible[:, None])
-    bias = torch.zeros(allowed.shape, dtype=dtype, device=query.device).masked_fill_(~allowed, -torch.inf)
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=query.device).masked_fill(~allowed, -torch.inf)
 
     if residual is not None:
         offsets = torch.atleast_2d(block_mask.key_offsets).expand(batch, -1)
@@ -63,12 +66,13 @@ def attention_forward(
         values = torch.cat([values, per_query_head(residual.value)], dim=2)
         bias = torch.cat([bias, mean_bias], dim=-1)
 
-    scores = query.to(dtype).transpose(1, 2) @ keys.transpose(-1, -2) * scale + bias
-    lse = scores.logsumexp(-1)
-    # exp(-inf - -inf) would be NaN: rows that see nothing are pinned to a finite pivot
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    # A row that sees nothing would divide 0 by 0, in the gradient too: its scores become 0 and its weights are dropped.
+    sees_nothing = (bias == -torch.inf).all(-1, keepdim=True)
+    scores = query.to(dtype).transpose(1, 2) @ keys.transpose(-1, -2) * scale + bias.masked_fill(sees_nothing, 0.0)
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - lse).exp().masked_fill(sees_nothing, 0.0)
     output = (weights @ values).transpose(1, 2).to(query.dtype)
-    return output, lse.float() if return_lse else None
+    return output, lse.masked_fill(sees_nothing, -torch.inf)[..., 0].float() if return_lse else None
 
 
 def _block_of_token(offsets: Tensor, length: int) -> Tensor:

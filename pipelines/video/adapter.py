@@ -46,6 +46,7 @@ class VideoAdapter(ABC):
 
     transformer_classes: ClassVar[tuple[str, ...]]
     token_sites: ClassVar[tuple[TokenSite, ...]]
+    vae_in_float32: ClassVar[bool] = False  # what the model's authors recommend
 
     @abstractmethod
     def token_grid(self, transformer: Any, arguments: dict[str, Any]) -> TokenGrid:
@@ -66,6 +67,10 @@ class VideoAdapter(ABC):
         return None
 
     @abstractmethod
+    def num_layers(self, transformer_config: dict[str, Any]) -> int:
+        """How many self-attention layers a config describes."""
+
+    @abstractmethod
     def size_multiples(self, vae_config: dict[str, Any], transformer_config: dict[str, Any]) -> tuple[int, int]:
         """What height and width, and the number of frames less one, must be divisible by."""
 
@@ -76,6 +81,18 @@ def all_adapters() -> tuple[VideoAdapter, ...]:
     from draftattn.pipelines.video.wan import WanAdapter
 
     return (WanAdapter(), HunyuanVideoAdapter())
+
+
+def resolve_layers(layers: tuple[int, ...], num_layers: int) -> frozenset[int]:
+    """Layer numbers from 0 on, for numbers that may count from the end.
+
+    Raises:
+        InputError: if there is no such layer.
+    """
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise InputError(f"dense_layers names layer {layer}; the transformer has layers 0 to {num_layers - 1}")
+    return frozenset(layer % num_layers for layer in layers)
 
 
 def supported_classes() -> list[str]:

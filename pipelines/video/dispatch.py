@@ -1,12 +1,14 @@
 """The one place that knows the inside of diffusers' attention dispatcher.
 
 A processor picks its kernel by its own ``_attention_backend``. The names are a closed Enum and there is no public way
-to add one, so this module adds a member and registers the function behind it. Setting the member on the processors of
-self-attention layers reroutes exactly those; processors, LoRA, QKV fusion, norms and rotary embedding stay stock.
+to add one, so this module adds a member and registers the function behind it. Setting the member on (a copy of) the
+processors of self-attention layers reroutes exactly those; LoRA, QKV fusion, norms and rotary embedding stay stock.
 """
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -65,11 +67,11 @@ def set_current_call(call: AttentionCall) -> None:
     _current_call.set(call)
 
 
-def get_backend(attention: nn.Module, name: str) -> Any:
-    """The attention backend its processor is set to.
+def check_processor(attention: nn.Module, name: str) -> None:
+    """Checks that an attention module can be rerouted.
 
     Raises:
-        InputError: if the processor does not go through the dispatcher, so that no backend can be set.
+        InputError: if its processor does not go through the dispatcher, so that no backend can be set.
     """
     processor: Any = attention.processor
     if not hasattr(processor, "_attention_backend"):
@@ -77,13 +79,32 @@ def get_backend(attention: nn.Module, name: str) -> Any:
             f"{name} has the processor {type(processor).__name__}, which does not use diffusers' attention "
             "dispatcher; reset it with set_attn_processor or set_default_attn_processor"
         )
-    return processor._attention_backend
 
 
-def set_backend(attention: nn.Module, backend: Any) -> None:
-    """Points an attention module's processor to a backend."""
-    processor: Any = attention.processor
-    processor._attention_backend = backend
+class Reroute:
+    """Points an attention module to draft attention until `undo`.
+
+    The module gets a copy of its processor with another backend: modules may share one processor, cross-attention
+    included, and the original stays untouched.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        self._attention = weakref.ref(attention)
+        self._original: Any = attention.processor
+        self._copy = copy.copy(self._original)
+        self._copy._attention_backend = DRAFT_BACKEND
+        attention.processor = self._copy
+
+    @property
+    def backend(self) -> Any:
+        """The backend the module had before."""
+        return self._original._attention_backend
+
+    def undo(self) -> None:
+        """Gives the module its own processor back, unless it was given another since."""
+        attention = self._attention()
+        if attention is not None and attention.processor is self._copy:
+            attention.processor = self._original
 
 
 def dense_attention(

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from draftattn.layout import TokenGrid
@@ -58,13 +59,17 @@ class HunyuanVideoAdapter(VideoAdapter):
             full_length = kept
         if text.shortest == full_length:
             return TextTokens(mask_is_full=True)
-        return TextTokens(lengths=text.mask.sum(1))
+        return TextTokens(lengths=text.mask.sum(1, dtype=torch.int))
 
     def frame_order_reason(self, transformer: Any, arguments: dict[str, Any]) -> str | None:
         """Image-to-video by token replacement modulates the first frame on its own."""
         del arguments
         replaces = transformer.config.image_condition_type == "token_replace"
         return "its first frame is modulated on its own" if replaces else None
+
+    def num_layers(self, transformer_config: dict[str, Any]) -> int:
+        """See `VideoAdapter`."""
+        return transformer_config.get("num_layers", 20) + transformer_config.get("num_single_layers", 40)
 
     def size_multiples(self, vae_config: dict[str, Any], transformer_config: dict[str, Any]) -> tuple[int, int]:
         """See `VideoAdapter`."""
@@ -75,7 +80,7 @@ class HunyuanVideoAdapter(VideoAdapter):
         for seen in self._seen:
             if seen.mask is mask:
                 return seen
-        lengths = mask.sum(1).tolist()
+        lengths = mask.sum(1, dtype=torch.int).tolist()  # the mask may be bfloat16, which cannot count past 256
         is_prefix = bool((mask.bool().cummin(1).values == mask.bool()).all())
         self._seen.append(_TextMask(mask, int(max(lengths)), int(min(lengths)), is_prefix))
         return self._seen[-1]

@@ -16,7 +16,7 @@ from draftattn.errors import InputError
 from draftattn.inputs import AttentionInputs
 from draftattn.layout import BlockLayout, TokenGrid, block_layout
 from draftattn.pipelines.video import dispatch
-from draftattn.pipelines.video.adapter import TextTokens, TokenSite, VideoAdapter
+from draftattn.pipelines.video.adapter import TextTokens, TokenSite, VideoAdapter, resolve_layers
 from draftattn.pipelines.video.stats import StatsRecorder, Stopwatch
 from draftattn.pipelines.video.steps import StepClock, StepInfo
 from draftattn.policy import CallContext, DraftPolicy, MaskPolicy
@@ -54,11 +54,11 @@ class TransformerSession:
         self._clock = clock
         self._recorder = recorder
         self._transformer = weakref.ref(transformer)
-        self._dense_layers = _resolve_layers(config.dense_layers, len(adapter.attention_layers(transformer)))
+        self._dense_layers = resolve_layers(config.dense_layers, len(adapter.attention_layers(transformer)))
         self._root_handles: list[RemovableHandle] = []
         self._inner_handles: list[RemovableHandle] = []
         self._hooked: list[weakref.ref[nn.Module]] = []
-        self._rerouted: list[tuple[weakref.ref[nn.Module], Any]] = []
+        self._rerouted: list[dispatch.Reroute] = []
         self._grid: TokenGrid | None = None
         self._text = TextTokens()
         self._step = StepInfo()
@@ -72,7 +72,7 @@ class TransformerSession:
         """
         transformer = self._require_transformer()
         for layer, attention in enumerate(self._adapter.attention_layers(transformer)):
-            dispatch.get_backend(attention, f"{self.name} attention layer {layer}")
+            dispatch.check_processor(attention, f"{self.name} attention layer {layer}")
         self._clock.install()
         self._root_handles = [
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -81,7 +81,7 @@ class TransformerSession:
 
     def remove(self) -> None:
         """Takes every hook away; the transformer is as it was."""
-        self._restore_backends()
+        self._restore_processors()
         self._grid = None
         for handle in (*self._root_handles, *self._inner_handles):
             handle.remove()
@@ -91,7 +91,7 @@ class TransformerSession:
     def _before_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._restore_backends()  # an interrupt may have skipped _after_forward
+        self._restore_processors()  # an interrupt may have skipped _after_forward
         arguments = _arguments_by_name(transformer, args, kwargs)
         self._step = self._clock.read()
         self._sparse_step = self._is_sparse(self._step)
@@ -102,21 +102,18 @@ class TransformerSession:
         self._hook_inner_modules(transformer)
         self._grid = self._adapter.token_grid(transformer, arguments)
         for layer, attention in enumerate(self._adapter.attention_layers(transformer)):
-            previous = dispatch.get_backend(attention, f"{self.name} attention layer {layer}")
-            self._rerouted.append((weakref.ref(attention), previous))
-            dispatch.set_backend(attention, dispatch.DRAFT_BACKEND)
+            dispatch.check_processor(attention, f"{self.name} attention layer {layer}")
+            self._rerouted.append(dispatch.Reroute(attention))
         return (), arguments
 
     def _after_forward(self, transformer: nn.Module, args: Any, output: Any) -> None:
         del transformer, args, output
-        self._restore_backends()
+        self._restore_processors()
         self._grid = None
 
-    def _restore_backends(self) -> None:
-        for reference, previous in self._rerouted:
-            attention = reference()
-            if attention is not None:
-                dispatch.set_backend(attention, previous)
+    def _restore_processors(self) -> None:
+        for reroute in self._rerouted:
+            reroute.undo()
         self._rerouted = []
 
     def _hook_inner_modules(self, transformer: nn.Module) -> None:
@@ -176,7 +173,7 @@ class TransformerSession:
         if not self._sparse_step or layer in self._dense_layers:
             self._recorder.record(self.name, info.step, info.branch, layer)
             attn_mask = None if self._text.mask_is_full else attn_mask
-            return dispatch.dense_attention(query, key, value, attn_mask, scale, self._rerouted[layer][1])
+            return dispatch.dense_attention(query, key, value, attn_mask, scale, self._rerouted[layer].backend)
         assert self._grid is not None
         layout = self.layout(query.device, query.shape[1] - self._grid.num_tokens)
         watch = Stopwatch(query.device)
@@ -239,10 +236,3 @@ class _LayerHook:
 def _arguments_by_name(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     names = list(inspect.signature(type(transformer).forward).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _resolve_layers(layers: tuple[int, ...], num_layers: int) -> frozenset[int]:
-    for layer in layers:
-        if not -num_layers <= layer < num_layers:
-            raise InputError(f"dense_layers names layer {layer}; the transformer has layers 0 to {num_layers - 1}")
-    return frozenset(layer % num_layers for layer in layers)

@@ -33,6 +33,7 @@ class StepClock:
         self._transformer = weakref.ref(transformer)
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else lambda: None
         self._announced = StepInfo()
+        self._listener: Any = _MISSING
 
     def install(self) -> None:
         """Starts to listen to ``cache_context``: the instance's attribute shadows the method and calls it."""
@@ -53,12 +54,13 @@ class StepClock:
             finally:
                 clock._announced = StepInfo()
 
-        transformer.__dict__["cache_context"] = cache_context
+        self._listener = transformer.__dict__["cache_context"] = cache_context
 
     def remove(self) -> None:
         """Stops listening."""
         transformer = self._transformer()
-        if transformer is not None:
+        # a later clock may have taken the place
+        if transformer is not None and transformer.__dict__.get("cache_context") is self._listener:
             transformer.__dict__.pop("cache_context", None)
 
     def read(self) -> StepInfo:

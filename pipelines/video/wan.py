@@ -20,6 +20,7 @@ class WanAdapter(VideoAdapter):
         TokenSite("rope", dims=(1,)),
         TokenSite("proj_out", dims=(1,), restores=True),
     )
+    vae_in_float32: ClassVar[bool] = True
 
     def token_grid(self, transformer: Any, arguments: dict[str, Any]) -> TokenGrid:
         """See `VideoAdapter`."""
@@ -35,6 +36,10 @@ class WanAdapter(VideoAdapter):
         """Wan2.2-TI2V-5B passes one timestep per token."""
         del transformer
         return "it has a timestep per token" if arguments["timestep"].ndim == 2 else None
+
+    def num_layers(self, transformer_config: dict[str, Any]) -> int:
+        """See `VideoAdapter`."""
+        return transformer_config.get("num_layers", 40)
 
     def size_multiples(self, vae_config: dict[str, Any], transformer_config: dict[str, Any]) -> tuple[int, int]:
         """See `VideoAdapter`."""

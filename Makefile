@@ -1,0 +1,40 @@
+# `make demo` and `make test` each set up everything they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(RUN)draftattn generate --model assets/tiny-wan \
+	    --prompt "hands moving red cups on a white table" \
+	    --height 256 --width 448 --frames 33 --steps 12 --guidance 4.5 --seed 0 \
+	    --sparsity 0.75 --against-dense --output out/draft.mp4
+
+test: lint
+	$(RUN)python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+# The step of the demo, timed without the rest.
+bench: $(VENV)/.installed
+	$(RUN)draftattn bench model --model assets/tiny-wan --height 256 --width 448 --frames 33 --sparsity 0.75
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "draftattn needs Python 3.10 or newer; set PYTHON=…"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(RUN)python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(RUN)python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

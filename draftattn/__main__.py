@@ -1,0 +1,3 @@
+from draftattn.cli import main
+
+main()

@@ -1,0 +1,136 @@
+"""Options that several commands share, and how their values become settings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from enum import Enum
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from draftattn.config import DraftConfig
+from draftattn.errors import InputError
+from draftattn.presets import PRESETS, preset
+
+DRAFT_PANEL = "Draft attention"
+
+Preset = Annotated[
+    str | None,
+    typer.Option(help=f"Start from named settings: {', '.join(PRESETS)}.", rich_help_panel=DRAFT_PANEL),
+]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Share of block pairs dropped, 0 to below 1. Default 0.75.", rich_help_panel=DRAFT_PANEL),
+]
+Warmup = Annotated[
+    str | None,
+    typer.Option(
+        help="Leading steps kept dense: a share such as 0.25, or a number of steps such as 5. Default 0.25.",
+        rich_help_panel=DRAFT_PANEL,
+    ),
+]
+Selection = Annotated[
+    str | None,
+    typer.Option(
+        help="How blocks are chosen: 'row', the best for every query block (default), or 'head', the published rule.",
+        rich_help_panel=DRAFT_PANEL,
+    ),
+]
+Residual = Annotated[
+    bool | None,
+    typer.Option(
+        "--residual/--no-residual",
+        help="Let skipped blocks contribute through their means (default), or drop them as published.",
+        rich_help_panel=DRAFT_PANEL,
+        show_default=False,
+    ),
+]
+TileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tile",
+        help="Frames×rows×columns of tokens in a block, such as 1x8x16. Default: fewest blocks for the size.",
+        rich_help_panel=DRAFT_PANEL,
+    ),
+]
+DenseLayers = Annotated[
+    str | None,
+    typer.Option(help="Layers that stay dense, such as 0,1,-1.", rich_help_panel=DRAFT_PANEL),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="Kernel: auto, triton, cpu or reference. See 'draftattn doctor'.", rich_help_panel=DRAFT_PANEL),
+]
+
+
+class Dtype(str, Enum):
+    """Precision of the weights."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    if dtype is Dtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype.value)
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def draft_config(
+    preset_name: str | None,
+    sparsity: float | None,
+    warmup: str | None,
+    selection: str | None,
+    residual: bool | None,
+    tile: str | None,
+    dense_layers: str | None,
+    backend: str | None,
+) -> DraftConfig:
+    """The settings that the options describe: those given replace the preset's.
+
+    Raises:
+        InputError: if an option cannot be read or is out of range.
+    """
+    given: dict[str, Any] = {
+        "sparsity": sparsity,
+        "warmup": None if warmup is None else _read_warmup(warmup),
+        "selection": selection,
+        "residual": residual,
+        "tile": None if tile is None else _read_tile(tile),
+        "dense_layers": None if dense_layers is None else _read_layers(dense_layers),
+        "backend": backend,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    return replace(DraftConfig() if preset_name is None else preset(preset_name), **changes)
+
+
+def _read_warmup(text: str) -> float | int:
+    try:
+        return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+    except ValueError:
+        raise InputError(f"warmup is {text!r}; give a share such as 0.25 or a number of steps such as 5") from None
+
+
+def _read_tile(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"(\d+)[x×](\d+)[x×](\d+)", text.strip())
+    if match is None:
+        raise InputError(f"tile is {text!r}; give frames×rows×columns such as 1x8x16")
+    frames, height, width = (int(side) for side in match.groups())
+    return frames, height, width
+
+
+def _read_layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in text.split(",") if layer.strip())
+    except ValueError:
+        raise InputError(f"dense-layers is {text!r}; give layer numbers such as 0,1,-1") from None

@@ -1,0 +1,9 @@
+"""Shared by all tests: Triton kernels run in Triton's interpreter where there is no GPU."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when its kernels are defined, so it must stand before any import of them
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import imageio.v2 as imageio
+import pytest
+import torch
+
+from draftattn.errors import InputError
+from draftattn.eval.video import save_video
+from draftattn.files import check_writable, written_whole
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (50, 70)])
+def test_video_comes_back(tmp_path: Path, height: int, width: int) -> None:
+    ramp = torch.linspace(0.2, 0.8, 5)
+    video = ramp.view(5, 1, 1, 1).expand(5, 3, height, width)
+    path = tmp_path / "video.mp4"
+    save_video(path, video, fps=8)
+    frames = torch.tensor(imageio.mimread(path)).float() / 255
+    assert frames.shape == (5, height, width, 3)
+    torch.testing.assert_close(frames.mean((1, 2, 3)), ramp, atol=0.02, rtol=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    with pytest.raises(error), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_outputs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        check_writable(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "video.mp4")
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b" / "video.mp4")
+    assert (tmp_path / "a" / "b").is_dir()
