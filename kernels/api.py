@@ -88,6 +88,7 @@ def block_sparse_attention(
         ValueError: if shapes, dtypes or devices do not fit together, or the chosen backend cannot serve (the message
             names every reason).
 
+    >>> import torch
     >>> offsets = torch.tensor([0, 64, 96], dtype=torch.int32)
     >>> block_map = torch.tensor([[True, False], [True, True]])[None, None]
     >>> mask = BlockMask.from_block_map(block_map, offsets, offsets, block_size=64)
@@ -97,7 +98,7 @@ def block_sparse_attention(
     """
     _validate(query, key, value, block_mask, residual)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = choose_backend(backend, query, key, value)
+    chosen = choose_backend(backend, query, key, value, residual)
     match chosen:
         case "triton":
             from draftattn.kernels.triton_forward import attention_forward

@@ -16,7 +16,9 @@ TRITON_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def choose_backend(backend: BackendName, query: Tensor, key: Tensor, value: Tensor) -> BackendName:
+def choose_backend(
+    backend: BackendName, query: Tensor, key: Tensor, value: Tensor, residual: tuple[Tensor, ...] | None = None
+) -> BackendName:
     """The backend that will serve these tensors: the one asked for, or with ``"auto"`` the fastest that can.
 
     Raises:
@@ -28,18 +30,20 @@ def choose_backend(backend: BackendName, query: Tensor, key: Tensor, value: Tens
         candidates: tuple[BackendName, ...] = ("triton",) if query.device.type == "cuda" else ("cpu",)
         reasons: list[str] = []
         for candidate in candidates:
-            refused = reasons_against(candidate, query, key, value)
+            refused = reasons_against(candidate, query, key, value, residual)
             if not refused:
                 return candidate
             reasons += [f"{candidate}: {reason}" for reason in refused]
         _warn_slow("; ".join(reasons))
         return "reference"
-    if reasons := reasons_against(backend, query, key, value):
+    if reasons := reasons_against(backend, query, key, value, residual):
         raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
     return backend
 
 
-def reasons_against(backend: BackendName, query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def reasons_against(
+    backend: BackendName, query: Tensor, key: Tensor, value: Tensor, residual: tuple[Tensor, ...] | None = None
+) -> list[str]:
     """Every reason why a backend cannot serve these tensors; empty if it can."""
     reasons: list[str] = []
     if backend == "triton":
@@ -55,7 +59,7 @@ def reasons_against(backend: BackendName, query: Tensor, key: Tensor, value: Ten
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.stride(-1) != 1:
                 reasons.append(f"the last dimension of {name} is not contiguous")
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ()))):
             reasons.append("it has no backward pass")
     if backend == "cpu" and query.device.type != "cpu":
         reasons.append(f"tensors are on {query.device.type}, it needs the CPU")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from draftattn.kernels.api import BlockMeans
     from draftattn.kernels.block_mask import BlockMask
 
-_CHUNK_BYTES = 8 * 2**20  # gathered keys and values that are alive at once
+_CHUNK_BYTES = 4 * 2**20  # gathered keys and values that are alive at once
 
 
 class _Blocks(NamedTuple):
@@ -47,7 +47,9 @@ class _Blocks(NamedTuple):
         token = self.token[self.real]
         slot[token] = self.real.flatten().nonzero()[:, 0]
         inside[token] = True
-        tokens = blocks.flatten(2, 3).index_select(2, slot)
+        tokens = blocks.flatten(2, 3)
+        if tokens.shape[2] != length or not torch.equal(slot, torch.arange(length)):
+            tokens = tokens.index_select(2, slot)
         return tokens if bool(inside.all()) else tokens.masked_fill(~inside[:, None], outside)
 
 
@@ -67,8 +69,8 @@ def attention_forward(
     See ``draftattn.kernels.api.block_sparse_attention`` for the arguments.
     """
     batch, query_length, heads, head_dim = query.shape
-    no_lse = query.new_full((batch, heads, query_length), -torch.inf, dtype=torch.float32) if return_lse else None
     if min(query.numel(), key.numel(), block_mask.num_query_blocks, block_mask.num_key_blocks) == 0:
+        no_lse = torch.full((batch, heads, query_length), -torch.inf) if return_lse else None
         return torch.zeros_like(query), no_lse
     if not return_lse and _is_dense(block_mask, query_length, key.shape[1], causal):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -82,31 +84,28 @@ def attention_forward(
     keys = _with_means(key_blocks.gather(key), None if residual is None else residual.key)
     values = _with_means(key_blocks.gather(value), None if residual is None else residual.value)
 
-    outputs, lses, units = [], [], []
     blocks_per_chunk = _CHUNK_BYTES // (2 * keys[0].numel() * keys.element_size())
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, values))
     gather = _Gather(keys, values, max(blocks_per_chunk, columns.most_blocks()), reuse=not differentiable)
+    out = torch.zeros_like(queries)
+    lse = torch.full(queries.shape[:2], -torch.inf)
     for unit in columns.chunks(blocks_per_chunk):
         ids = columns.ids(unit)
         bias, blind = columns.bias(unit, torch.promote_types(query.dtype, torch.float32))
         k, v = (x.view(len(unit), -1, head_dim) for x in gather(ids.flatten()))
+        q = queries.index_select(0, unit)
         if return_lse:
-            output, lse = _attend_with_lse(queries[unit], k, v, bias, scale)
-            lses.append(lse if blind is None else lse.masked_fill(blind, -torch.inf))
+            unit_out, unit_lse = _attend_with_lse(q, k, v, bias, scale)
+            unit_lse = unit_lse if blind is None else unit_lse.masked_fill(blind, -torch.inf)
+            lse.index_copy_(0, unit, unit_lse.float())
         else:
-            output = _attend(queries[unit], k, v, bias, scale)
-        outputs.append(output if blind is None else output.masked_fill(blind[..., None], 0.0))
-        units.append(unit)
-    if not units:
-        return torch.zeros_like(query), no_lse
+            unit_out = _attend(q, k, v, bias, scale)
+        out.index_copy_(0, unit, unit_out if blind is None else unit_out.masked_fill(blind[..., None], 0.0))
 
-    order = torch.cat(units)
-    out = torch.zeros_like(queries).index_copy(0, order, torch.cat(outputs))
     shape = (batch, heads, *query_blocks.token.shape[1:], -1)
     out = query_blocks.scatter(out.view(shape), query_length, outside=0.0).transpose(1, 2)
-    if no_lse is None:
+    if not return_lse:
         return out, None
-    lse = no_lse.new_full(queries.shape[:2], -torch.inf).index_copy(0, order, torch.cat(lses).float())
     return out, query_blocks.scatter(lse.view(shape), query_length, outside=-torch.inf)[..., 0]
 
 
@@ -192,7 +191,7 @@ class _Columns:
         item = self.item[unit, None]
         ids = self.key_ids[unit, : int(self.counts[unit].max())]
         used = torch.arange(ids.shape[1]) < self.counts[unit, None]
-        # [units, 1, columns]
+        # [units, 1, columns], real keys of chosen blocks
         allowed = (self.key_blocks.real[item, ids] & used[..., None]).flatten(1)[:, None]
         if not (self.causal or self.residual) and bool(allowed.all()):
             return None, None
@@ -230,7 +229,7 @@ class _Gather:
 
 
 def _with_means(blocks: Tensor, means: Tensor | None) -> Tensor:
-    """``[B, H, N, L, D]`` with the means ``[B, N, H, D]`` in blocks of their own behind, ``[B · H · blocks, L · D]``."""
+    """``[B, H, N, L, D]`` with the means ``[B, N, H, D]`` in blocks behind, ``[B · H · blocks, L · D]``."""
     if means is not None:
         longest = blocks.shape[3]
         means = F.pad(means.transpose(1, 2), (0, 0, 0, -means.shape[1] % longest))

@@ -23,9 +23,9 @@ def _online_softmax(b_s, b_v, b_acc, b_max, b_sum):
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
     # a row with no valid key so far keeps a finite pivot, for -inf - -inf is NaN
     b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-    # [M, N]
+    # [M, N] probabilities
     b_p = tl.exp2(b_s - b_pivot[:, None])
-    # [M]
+    # [M] rescales what was summed so far
     b_rescale = tl.exp2(b_max - b_pivot)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision="ieee")
@@ -103,7 +103,7 @@ def attention_forward_kernel(
     # [BLOCK_M], bottom-right aligned: the last query sees every key
     o_visible = o_m + (key_length - query_length)
 
-    # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, BLOCK_D] queries
     m_q = m_m[:, None] & m_d[None, :]
     b_q = tl.load(p_q + o_m.to(tl.int64)[:, None] * stride_qs + o_d[None, :], mask=m_q, other=0.0)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -130,11 +130,11 @@ def attention_forward_kernel(
         i_k = tl.load(p_ids + i_n // TILES_N)
         o_start = tl.load(p_key_offsets + i_k) + (i_n % TILES_N) * BLOCK_N
         m_n = o_start + o_n < tl.load(p_key_offsets + i_k + 1)
-        # [BLOCK_D, BLOCK_N]
+        # [BLOCK_D, BLOCK_N] keys
         b_k = tl.load(p_k + o_start.to(tl.int64) * stride_ks + o_k, mask=m_n[None, :] & m_d[:, None], other=0.0)
-        # [BLOCK_N, BLOCK_D]
+        # [BLOCK_N, BLOCK_D] values
         b_v = tl.load(p_v + o_start.to(tl.int64) * stride_vs + o_v, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        # [BLOCK_M, BLOCK_N]
+        # [BLOCK_M, BLOCK_N] scores
         b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2
         m_s = m_n[None, :]
         if CAUSAL:
@@ -155,13 +155,13 @@ def attention_forward_kernel(
             # [BLOCK_R], a mean counts as often as its block has tokens
             b_bias = tl.log2(tl.maximum(b_end - b_start, 1).to(tl.float32))
             o_r = o_r.to(tl.int64)
-            # [BLOCK_D, BLOCK_R]
+            # [BLOCK_D, BLOCK_R] mean keys
             p_tile = p_mean_k + o_r[None, :] * stride_mkn + o_d[:, None]
             b_k = tl.load(p_tile, mask=m_r[None, :] & m_d[:, None], other=0.0)
-            # [BLOCK_R, BLOCK_D]
+            # [BLOCK_R, BLOCK_D] mean values
             p_tile = p_mean_v + o_r[:, None] * stride_mvn + o_d[None, :]
             b_v = tl.load(p_tile, mask=m_r[:, None] & m_d[None, :], other=0.0)
-            # [BLOCK_M, BLOCK_R]
+            # [BLOCK_M, BLOCK_R] scores
             b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2 + b_bias[None, :]
             m_s = m_r[None, :]
             if CAUSAL:

@@ -24,12 +24,12 @@ def pool_blocks_kernel(
     end = tl.load(p_offsets + i_b * stride_offsets_b + i_n + 1)
     o_d = tl.arange(0, BLOCK_D)
     p_x += i_b * stride_xb + i_h * stride_xh
-    # [BLOCK_D]
+    # [BLOCK_D] sums
     b_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for o_row in range(0, BLOCK_S, ROWS):
         o_s = start + o_row + tl.arange(0, ROWS)
         m_x = (o_s < end)[:, None] & (o_d < D)[None, :]
-        # [ROWS, BLOCK_D]
+        # [ROWS, BLOCK_D] tokens
         b_x = tl.load(p_x + o_s.to(tl.int64)[:, None] * stride_xs + o_d[None, :] * stride_xd, mask=m_x, other=0.0)
         b_sum += tl.sum(b_x.to(tl.float32), 0)
     b_mean = b_sum / tl.maximum(end - start, 1).to(tl.float32)

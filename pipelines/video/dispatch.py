@@ -88,9 +88,9 @@ class Reroute:
     included, and the original stays untouched.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Any) -> None:
         self._attention = weakref.ref(attention)
-        self._original: Any = attention.processor
+        self._original = attention.processor
         self._copy = copy.copy(self._original)
         self._copy._attention_backend = DRAFT_BACKEND
         attention.processor = self._copy

@@ -25,8 +25,11 @@ class DraftHandle:
     Leaving it as a context manager disables.
     """
 
-    def __init__(self, config: DraftConfig, sessions: list[TransformerSession], recorder: StatsRecorder) -> None:
+    def __init__(
+        self, target: Any, config: DraftConfig, sessions: list[TransformerSession], recorder: StatsRecorder
+    ) -> None:
         self.config = config
+        self._target = weakref.ref(target)
         self._sessions = sessions
         self._recorder = recorder
 
@@ -39,9 +42,10 @@ class DraftHandle:
         self._recorder.start_run()
 
     def disable(self) -> None:
-        """Restores the transformers."""
-        for session in self._sessions:
-            session.remove()
+        """Restores the model, as `disable` does; nothing happens if it was enabled anew since."""
+        target = self._target()
+        if target is not None and all(_sessions.get(session.transformer) is session for session in self._sessions):
+            disable(target)
 
     def __enter__(self) -> DraftHandle:
         return self
@@ -95,7 +99,7 @@ def enable(pipeline_or_transformer: Any, config: DraftConfig | str | None = None
     for transformer, session in zip(transformers.values(), sessions, strict=True):
         session.install()
         _sessions[transformer] = session
-    handle = DraftHandle(resolved, sessions, recorder)
+    handle = DraftHandle(pipeline_or_transformer, resolved, sessions, recorder)
     if pipeline is not None:
         pipeline.draft = handle
     return handle

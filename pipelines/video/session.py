@@ -36,6 +36,10 @@ class TransformerSession:
         config: the settings.
         clock: tells the denoising step.
         recorder: takes the statistics.
+
+    Raises:
+        InputError: if a dense layer does not exist, or an attention processor does not go through diffusers'
+            dispatcher.
     """
 
     def __init__(
@@ -54,7 +58,10 @@ class TransformerSession:
         self._clock = clock
         self._recorder = recorder
         self._transformer = weakref.ref(transformer)
-        self._dense_layers = resolve_layers(config.dense_layers, len(adapter.attention_layers(transformer)))
+        layers = adapter.attention_layers(transformer)
+        self._dense_layers = resolve_layers(config.dense_layers, len(layers))
+        for layer, attention in enumerate(layers):
+            dispatch.check_processor(attention, f"{name} attention layer {layer}")
         self._root_handles: list[RemovableHandle] = []
         self._inner_handles: list[RemovableHandle] = []
         self._hooked: list[weakref.ref[nn.Module]] = []
@@ -65,14 +72,8 @@ class TransformerSession:
         self._sparse_step = False
 
     def install(self) -> None:
-        """Registers the hooks.
-
-        Raises:
-            InputError: if an attention processor does not go through diffusers' dispatcher.
-        """
-        transformer = self._require_transformer()
-        for layer, attention in enumerate(self._adapter.attention_layers(transformer)):
-            dispatch.check_processor(attention, f"{self.name} attention layer {layer}")
+        """Registers the hooks."""
+        transformer = self.transformer
         self._clock.install()
         self._root_handles = [
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -95,8 +96,7 @@ class TransformerSession:
         arguments = _arguments_by_name(transformer, args, kwargs)
         self._step = self._clock.read()
         self._sparse_step = self._is_sparse(self._step)
-        if self._step.step is not None and (self._recorder.last_step or 0) > self._step.step:
-            self._recorder.start_run()
+        self._recorder.begin_forward(self.name, self._step.step, self._step.branch)
         self._check_tile(transformer, arguments)
         self._text = self._adapter.prepare_text(arguments)
         self._hook_inner_modules(transformer)
@@ -188,7 +188,9 @@ class TransformerSession:
         """Whether the transformer's forward is running."""
         return self._grid is not None
 
-    def _require_transformer(self) -> nn.Module:
+    @property
+    def transformer(self) -> nn.Module:
+        """The model; it must be alive."""
         transformer = self._transformer()
         assert transformer is not None
         return transformer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -121,16 +121,24 @@ class StatsRecorder:
     """Collects calls while a generation runs; reads nothing back from the device until asked."""
 
     def __init__(self) -> None:
-        self._pending: list[_Pending] = []
+        # Bounded for transformers called outside any run, whose beginning nothing tells.
+        self._pending: deque[_Pending] = deque(maxlen=100_000)
+        self._forwards: set[tuple[str, int, str]] = set()
 
     def start_run(self) -> None:
         """Forgets the calls of the run before."""
         self._pending.clear()
+        self._forwards.clear()
 
-    @property
-    def last_step(self) -> int | None:
-        """Step of the latest call."""
-        return self._pending[-1].step if self._pending else None
+    def begin_forward(self, transformer: str, step: int | None, branch: str | None) -> None:
+        """Starts a new run if this forward cannot belong to the one so far: its step is behind, or was done."""
+        if step is None:
+            return
+        last_step = self._pending[-1].step if self._pending else None
+        if (last_step is not None and step < last_step) or (transformer, step, branch) in self._forwards:
+            self.start_run()
+        if branch is not None:  # forwards of unknown branches cannot be told apart
+            self._forwards.add((transformer, step, branch))
 
     def record(
         self,

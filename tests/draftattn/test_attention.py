@@ -50,7 +50,10 @@ class TestSparsityZero:
         config = DraftConfig(sparsity=0, block_size=32, selection=selection, residual=residual, backend=backend)
         for scale in (None, 0.5):
             torch.testing.assert_close(
-                draft_attention(*tensors, layout, config, scale=scale), sdpa(*tensors, scale=scale), rtol=1e-4, atol=1e-5
+                draft_attention(*tensors, layout, config, scale=scale),
+                sdpa(*tensors, scale=scale),
+                rtol=1e-4,
+                atol=1e-5,
             )
 
     def test_equals_dense_with_text_of_different_lengths(self, residual: bool, selection: str, backend: str) -> None:

@@ -19,7 +19,10 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     *[("selection", value, "row, head") for value in ("rows", "", None, 1, ["row"])],
     *[("block_size", value, "16 to 128") for value in (0, 15, 129, 64.0, "64", None, True)],
     *[("backend", value, "auto, reference, cpu, triton") for value in ("cuda", "", None, 3)],
-    *[("tile", value, "three positive integers") for value in ((8, 16), (1, 0, 8), (1, 2.0, 8), (True, 8, 8), 8, "1x8x8")],
+    *[
+        ("tile", value, "three positive integers")
+        for value in ((8, 16), (1, 0, 8), (1, 2.0, 8), (True, 8, 8), 8, "1x8x8")
+    ],
     *[("dense_layers", value, "layer numbers") for value in ((1.0,), ("0",), (None,), (True,), 3, "01")],
 ]
 

@@ -23,7 +23,7 @@ def layer_of_file(path: Path) -> str:
     parts = path.relative_to(ROOT).parts
     if parts[0] != "draftattn":
         return parts[0]
-    return "cli" if parts[1] == "cli" else "core"
+    return "cli" if parts[1] in ("cli", "__main__.py") else "core"
 
 
 def layer_of_module(module: str) -> str | None:

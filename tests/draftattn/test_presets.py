@@ -58,7 +58,7 @@ def test_changes_apply_to_a_copy() -> None:
 
 
 def test_a_change_out_of_range_is_refused() -> None:
-    with pytest.raises(InputError, match="sparsity is 1.5"):
+    with pytest.raises(InputError, match=r"sparsity is 1\.5"):
         preset("fast", sparsity=1.5)
 
 

@@ -25,9 +25,14 @@ def test_video_comes_back(tmp_path: Path, height: int, width: int) -> None:
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
-    with pytest.raises(error), written_whole(path) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write_and_stop() -> None:
+        with written_whole(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_and_stop()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

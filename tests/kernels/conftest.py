@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,7 +97,9 @@ SPECS = [
     Spec("residual-only", (64, 20), density=0.0, residual=True, lse=True),
     Spec("residual-causal", RAGGED, residual=True, causal=True, lse=True, density=0.3),
     Spec("nothing", (64, 20), density=0.0, lse=True),
-    Spec("key-offsets-per-item", ODD, RAGGED, batch=3, mask_batch=3, key_offsets_per_item=True, residual=True, lse=True),
+    Spec(
+        "key-offsets-per-item", ODD, RAGGED, batch=3, mask_batch=3, key_offsets_per_item=True, residual=True, lse=True
+    ),
     Spec("uncovered-tokens", RAGGED, batch=2, uncovered=(3, 70), lse=True, residual=True),
     Spec("transposed-strides", RAGGED, batch=2, heads=4, transposed=True, residual=True),
     Spec("negative-scale", ODD, scale=-0.3, lse=True),
@@ -171,8 +174,8 @@ def torch_attention(case: Case, reference_lse: Tensor) -> Tensor:
     block_map = case.mask.block_map.expand(batch, heads, -1, -1)
     for item in range(batch):
         key_offsets = torch.atleast_2d(case.mask.key_offsets)[item if case.mask.key_offsets.ndim == 2 else 0].tolist()
-        for i, (q0, q1) in enumerate(zip(case.mask.query_offsets.tolist(), case.mask.query_offsets[1:].tolist())):
-            for j, (k0, k1) in enumerate(zip(key_offsets, key_offsets[1:])):
+        for i, (q0, q1) in enumerate(pairwise(case.mask.query_offsets.tolist())):
+            for j, (k0, k1) in enumerate(pairwise(key_offsets)):
                 chosen = block_map[item, :, i, j, None, None]
                 seen = (torch.arange(k0, k1) <= visible[q0:q1]) | (not case.spec.causal)
                 bias[item, :, q0:q1, k0:k1] = torch.where(chosen & seen, 0.0, -torch.inf)

@@ -45,7 +45,9 @@ def model_and_inputs(tiny: ModuleType, family: str, grid: TokenGrid) -> tuple[nn
     return tiny.hunyuan_transformer(image_condition_type="token_replace"), tiny.hunyuan_inputs(grid, (13, 20))
 
 
-def dense_and_draft(tiny: ModuleType, model: nn.Module, inputs: dict[str, Any], **settings: Any) -> tuple[Tensor, Tensor]:
+def dense_and_draft(
+    tiny: ModuleType, model: nn.Module, inputs: dict[str, Any], **settings: Any
+) -> tuple[Tensor, Tensor]:
     dense = tiny.run(model, inputs)
     enable(model, tiny.config(**{"sparsity": 0, **settings}))
     return dense, tiny.run(model, inputs)

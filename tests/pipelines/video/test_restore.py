@@ -124,7 +124,9 @@ class TestEnableAgain:
         assert torch.equal(tiny.run(model, inputs), before)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
+)
 @pytest.mark.parametrize("place", ["attention", "proj_out", "after the first layer"])
 class TestAfterAnError:
     def interrupt(self, tiny: ModuleType, model: nn.Module, inputs: dict, error: BaseException, place: str) -> None:
@@ -216,7 +218,9 @@ def test_saving_a_pipeline_while_enabled(tiny: ModuleType, tmp_path: Path) -> No
     pipe.save_pretrained(tmp_path)
     loaded = type(pipe).from_pretrained(tmp_path)
     assert not hasattr(loaded, "draft")
-    assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), loaded.transformer.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), loaded.transformer.parameters(), strict=True)
+    )
 
 
 def test_one_processor_shared_by_all_layers(tiny: ModuleType) -> None:

@@ -155,7 +155,12 @@ def _text_encoder() -> tuple[T5TokenizerFast, UMT5EncoderModel]:
 
 def _wan_vae(z_dim: int = CHANNELS) -> AutoencoderKLWan:
     return AutoencoderKLWan(
-        base_dim=4, z_dim=z_dim, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim
+        base_dim=4,
+        z_dim=z_dim,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * z_dim,
+        latents_std=[1.0] * z_dim,
     ).eval()
 
 
@@ -280,8 +285,17 @@ def footprint(model: nn.Module) -> dict[str, Any]:
             *module._forward_pre_hooks.values(),
             *module._backward_hooks.values(),
         ]
-        found[name] = (id(module), [id(hook) for hook in hooks], sorted(vars(module)), dict(module._forward_hooks_always_called))
+        found[name] = (
+            id(module),
+            [id(hook) for hook in hooks],
+            sorted(vars(module)),
+            dict(module._forward_hooks_always_called),
+        )
         processor = getattr(module, "processor", None)
         if processor is not None:
-            found[f"{name}.processor"] = (id(processor), getattr(processor, "_attention_backend", None), sorted(vars(processor)))
+            found[f"{name}.processor"] = (
+                id(processor),
+                getattr(processor, "_attention_backend", None),
+                sorted(vars(processor)),
+            )
     return found
