@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,16 +30,11 @@ class _Blocks(NamedTuple):
         token = offsets[:, :-1, None] + torch.arange(longest)
         return cls(token, token < offsets[:, 1:, None])
 
-    def gather(self, x: Tensor) -> Tensor:
-        """``[B, S, H, D]`` by block, ``[B, H, N, L, D]``, zeros in the padding."""
-        batch, length, heads, head_dim = x.shape
-        token = self.token.clamp(max=length - 1).flatten(1)
-        if token.shape[0] == 1:
-            tokens = x.transpose(1, 2).index_select(2, token[0])
-        else:
-            tokens = torch.stack([x[i].transpose(0, 1).index_select(1, token[i]) for i in range(batch)])
-        blocks = tokens.view(batch, heads, *self.token.shape[1:], head_dim)
-        return blocks if bool(self.real.all()) else blocks.masked_fill(~self.real[:, None, :, :, None], 0.0)
+    def gather(self, x: Tensor, item: int) -> Tensor:
+        """``[S, D]`` of one batch item by block, ``[N, L, D]``, zeros in the padding."""
+        item = min(item, self.token.shape[0] - 1)
+        blocks = x.index_select(0, self.token[item].clamp(max=len(x) - 1).flatten()).unflatten(0, self.token.shape[1:])
+        return blocks if bool(self.real[item].all()) else blocks.masked_fill(~self.real[item, ..., None], 0.0)
 
     def scatter(self, blocks: Tensor, length: int, outside: float) -> Tensor:
         """``[B, H, N, L, D]`` by token, ``[B, H, length, D]``, with one value for the tokens outside every block."""
@@ -78,35 +74,42 @@ def attention_forward(
         return out.transpose(1, 2), None
 
     query_blocks, key_blocks = _Blocks.of(block_mask.query_offsets), _Blocks.of(block_mask.key_offsets)
-    columns = _Columns(block_mask, query_blocks, key_blocks, query.shape, key.shape, causal, residual is not None)
-    # [B · H · Q, rows, D]
-    queries = query_blocks.gather(query).flatten(0, 2)
-    keys = _with_means(key_blocks.gather(key), None if residual is None else residual.key)
-    values = _with_means(key_blocks.gather(value), None if residual is None else residual.value)
+    columns = _Columns(block_mask, query_blocks, key_blocks, query.shape, key.shape[1], causal, residual is not None)
+    # [B, H, Q, L, D], and one dimension less
+    out = query.new_zeros(batch, heads, *query_blocks.token.shape[1:], head_dim)
+    lse = torch.full(out.shape[:-1], -torch.inf)
+    blocks_per_chunk = _CHUNK_BYTES // (2 * key_blocks.token.shape[2] * head_dim * key.element_size())
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ())))
+    gather = _Gather(max(blocks_per_chunk, columns.most_blocks()), reuse=not differentiable)
+    group = heads // key.shape[2]
 
-    blocks_per_chunk = _CHUNK_BYTES // (2 * keys[0].numel() * keys.element_size())
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, values))
-    gather = _Gather(keys, values, max(blocks_per_chunk, columns.most_blocks()), reuse=not differentiable)
-    out = torch.zeros_like(queries)
-    lse = torch.full(queries.shape[:2], -torch.inf)
-    for unit in columns.chunks(blocks_per_chunk):
-        ids = columns.ids(unit)
-        bias, blind = columns.bias(unit, torch.promote_types(query.dtype, torch.float32))
-        k, v = (x.view(len(unit), -1, head_dim) for x in gather(ids.flatten()))
-        q = queries.index_select(0, unit)
-        if return_lse:
-            unit_out, unit_lse = _attend_with_lse(q, k, v, bias, scale)
-            unit_lse = unit_lse if blind is None else unit_lse.masked_fill(blind, -torch.inf)
-            lse.index_copy_(0, unit, unit_lse.float())
-        else:
-            unit_out = _attend(q, k, v, bias, scale)
-        out.index_copy_(0, unit, unit_out if blind is None else unit_out.masked_fill(blind[..., None], 0.0))
+    # a head at a time, so that its keys and values stay in cache
+    for item, kv_head in itertools.product(range(batch), range(key.shape[2])):
+        keys, values = (key_blocks.gather(x[item, :, kv_head], item) for x in (key, value))
+        if residual is not None:
+            keys, values = (
+                _with_means(x, means[item, :, kv_head]) for x, means in zip((keys, values), residual, strict=True)
+            )
+        for head in range(kv_head * group, kv_head * group + group):
+            queries = query_blocks.gather(query[item, :, head], 0)
+            for block in columns.chunks(item, head, blocks_per_chunk):
+                bias, blind = columns.bias(item, head, block, torch.promote_types(query.dtype, torch.float32))
+                ids = columns.ids(item, head, block).flatten()
+                k, v = (x.view(len(block), -1, head_dim) for x in gather(keys, values, ids))
+                q = queries.index_select(0, block)
+                if return_lse:
+                    block_out, block_lse = _attend_with_lse(q, k, v, bias, scale)
+                    block_lse = block_lse if blind is None else block_lse.masked_fill(blind, -torch.inf)
+                    lse[item, head].index_copy_(0, block, block_lse.float())
+                else:
+                    block_out = _attend(q, k, v, bias, scale)
+                block_out = block_out if blind is None else block_out.masked_fill(blind[..., None], 0.0)
+                out[item, head].index_copy_(0, block, block_out)
 
-    shape = (batch, heads, *query_blocks.token.shape[1:], -1)
-    out = query_blocks.scatter(out.view(shape), query_length, outside=0.0).transpose(1, 2)
+    out = query_blocks.scatter(out, query_length, outside=0.0).transpose(1, 2)
     if not return_lse:
         return out, None
-    return out, query_blocks.scatter(lse.view(shape), query_length, outside=-torch.inf)[..., 0]
+    return out, query_blocks.scatter(lse[..., None], query_length, outside=-torch.inf)[..., 0]
 
 
 def _is_dense(block_mask: BlockMask, query_length: int, key_length: int, causal: bool) -> bool:
@@ -121,9 +124,9 @@ def _is_dense(block_mask: BlockMask, query_length: int, key_length: int, causal:
 
 
 class _Columns:
-    """Which blocks of keys each *unit*, a query block of one head, attends to, and with what bias.
+    """Which blocks of keys a query block of one head attends to, and with what bias.
 
-    With a residual, the mean keys fill a few blocks more behind the real ones, which every unit then takes.
+    With a residual, the mean keys fill a few blocks more behind the real ones, which every query block then takes.
     """
 
     def __init__(
@@ -132,38 +135,34 @@ class _Columns:
         query_blocks: _Blocks,
         key_blocks: _Blocks,
         query_shape: torch.Size,
-        key_shape: torch.Size,
+        key_length: int,
         causal: bool,
         residual: bool,
     ) -> None:
-        shape = (query_shape[0], query_shape[2], block_mask.num_query_blocks)
+        batch, query_length, heads, _ = query_shape
         self.key_blocks, self.causal, self.residual = key_blocks, causal, residual
         self.num_key_blocks, longest = key_blocks.token.shape[1:]
         self.num_mean_blocks = -(-self.num_key_blocks // longest) if residual else 0
-        self.key_ids = block_mask.kv_indices.expand(*shape, -1).flatten(0, 2).long()
-        self.counts = block_mask.kv_num_blocks.expand(shape).flatten().long()
-
-        item, head, block = (x.flatten() for x in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
-        kv_head = item * key_shape[2] + head // (shape[1] // key_shape[2])
-        self.first_id = kv_head * (self.num_key_blocks + self.num_mean_blocks)
-        self.item = item if key_blocks.token.shape[0] > 1 else torch.zeros_like(item)
+        self.key_ids = block_mask.kv_indices.expand(batch, heads, -1, -1)
+        self.counts = block_mask.kv_num_blocks.expand(batch, heads, -1)
+        # bottom-right alignment: the last query sees every key
+        self.visible = query_blocks.token[0] + key_length - query_length
         if causal:
-            # bottom-right alignment: the last query sees every key
-            self.visible = (query_blocks.token[0] + key_shape[1] - query_shape[1])[block]
-            seen = key_blocks.token[self.item[:, None], self.key_ids, 0] <= self.visible[:, -1:]
-            self.counts = (seen & (torch.arange(seen.shape[1]) < self.counts[:, None])).sum(-1)
+            starts = key_blocks.token[:, None, None, :, 0].expand(*self.key_ids.shape[:3], -1)
+            seen = starts.gather(-1, self.key_ids.long()) <= self.visible[:, -1:]
+            self.counts = (seen & (torch.arange(seen.shape[-1]) < self.counts[..., None])).sum(-1)
         if residual:
-            self.tokens_per_block = torch.atleast_2d(block_mask.key_offsets).diff(dim=-1)
-            self.key_ends = torch.atleast_2d(block_mask.key_offsets)[:, 1:]
-            self.skipped = ~block_mask.block_map.expand(*shape, -1).flatten(0, 2)
+            offsets = torch.atleast_2d(block_mask.key_offsets).expand(batch, -1)
+            self.log_counts, self.key_ends = offsets.diff(dim=-1).double().log(), offsets[:, 1:]
+            self.skipped = ~block_mask.block_map.expand(batch, heads, -1, -1)
 
     def most_blocks(self) -> int:
-        """The most blocks any unit attends to, blocks of means included."""
+        """The most blocks any query block attends to, blocks of means included."""
         return int(self.counts.max()) + self.num_mean_blocks
 
-    def chunks(self, blocks_per_chunk: int) -> Iterator[Tensor]:
-        """Units with something to attend to, in chunks of bounded size with nearly equal counts, most blocks first."""
-        counts, order = self.counts.sort(descending=True, stable=True)
+    def chunks(self, item: int, head: int, blocks_per_chunk: int) -> Iterator[Tensor]:
+        """Query blocks with something to attend to, most first, in chunks of bounded size and nearly equal counts."""
+        counts, order = self.counts[item, head].sort(descending=True, stable=True)
         sizes = (counts + self.num_mean_blocks).tolist()
         first = 0
         while first < len(order) and sizes[first] > 0:
@@ -174,36 +173,36 @@ class _Columns:
             yield order[first:last]
             first = last
 
-    def ids(self, unit: Tensor) -> Tensor:
-        """Rows of the blocked keys to gather, ``[units, blocks]``."""
-        ids = self.key_ids[unit, : int(self.counts[unit].max())]
+    def ids(self, item: int, head: int, block: Tensor) -> Tensor:
+        """Blocks of keys to gather, ``[blocks, most]``."""
+        ids = self.key_ids[item, head, block, : int(self.counts[item, head, block].max())].long()
         if self.num_mean_blocks:
             means = self.num_key_blocks + torch.arange(self.num_mean_blocks)
-            ids = torch.cat([ids, means.expand(len(unit), -1)], dim=1)
-        return ids + self.first_id[unit, None]
+            ids = torch.cat([ids, means.expand(len(block), -1)], dim=1)
+        return ids
 
-    def bias(self, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """What to add to a chunk's scores, ``[units, rows | 1, columns]``, and which rows see nothing at all.
+    def bias(self, item: int, head: int, block: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """What to add to a chunk's scores, ``[blocks, rows | 1, columns]``, and which rows see nothing at all.
 
         Both are None where every column counts as it is. The bias of rows that see nothing is 0, for a softmax over
         nothing is NaN.
         """
-        item = self.item[unit, None]
-        ids = self.key_ids[unit, : int(self.counts[unit].max())]
-        used = torch.arange(ids.shape[1]) < self.counts[unit, None]
-        # [units, 1, columns], real keys of chosen blocks
-        allowed = (self.key_blocks.real[item, ids] & used[..., None]).flatten(1)[:, None]
+        counts, visible = self.counts[item, head, block], self.visible[block, :, None]
+        ids = self.key_ids[item, head, block, : int(counts.max())].long()
+        real, token = (x[min(item, len(x) - 1), ids] for x in (self.key_blocks.real, self.key_blocks.token))
+        # [blocks, 1, columns], real keys of chosen blocks
+        allowed = (real & (torch.arange(ids.shape[1]) < counts[:, None])[..., None]).flatten(1)[:, None]
         if not (self.causal or self.residual) and bool(allowed.all()):
             return None, None
         if self.causal:
-            allowed = allowed & (self.key_blocks.token[item, ids].flatten(1)[:, None] <= self.visible[unit, :, None])
+            allowed = allowed & (token.flatten(1)[:, None] <= visible)
         bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
         if self.residual:
-            skipped = self.skipped[unit, None]
+            skipped = self.skipped[item, head, block, None]
             if self.causal:
-                skipped = skipped & (self.key_ends[item] <= self.visible[unit, :, None] + 1)
+                skipped = skipped & (self.key_ends[item] <= visible + 1)
             # the logarithm of 0 drops empty blocks
-            mean_bias = torch.where(skipped, self.tokens_per_block[item].to(dtype).log(), -torch.inf)
+            mean_bias = torch.where(skipped, self.log_counts[item].to(dtype), -torch.inf)
             padding = self.num_mean_blocks * self.key_blocks.token.shape[2] - self.num_key_blocks
             bias = torch.cat([bias, F.pad(mean_bias, (0, padding), value=-torch.inf)], dim=-1)
         blind = (bias == -torch.inf).all(-1)
@@ -215,26 +214,26 @@ class _Columns:
 class _Gather:
     """Picks blocks of keys and values, into one buffer for all chunks: fresh memory costs more than the copy."""
 
-    def __init__(self, keys: Tensor, values: Tensor, most: int, reuse: bool) -> None:
-        self.sources = keys, values
+    def __init__(self, most: int, reuse: bool) -> None:
+        self.most = most
         # what autograd saves must not be overwritten
-        self.buffer = keys.new_empty(2, most, keys.shape[1]) if reuse else None
+        self.reuse = reuse
+        self.buffer: Tensor | None = None
 
-    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.sources
-        if self.buffer is None:
+    def __call__(self, keys: Tensor, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.reuse:
             return keys.index_select(0, ids), values.index_select(0, ids)
+        if self.buffer is None:
+            self.buffer = keys.new_empty(2, self.most, *keys.shape[1:])
         key, value = self.buffer[:, : len(ids)]
         return torch.index_select(keys, 0, ids, out=key), torch.index_select(values, 0, ids, out=value)
 
 
-def _with_means(blocks: Tensor, means: Tensor | None) -> Tensor:
-    """``[B, H, N, L, D]`` with the means ``[B, N, H, D]`` in blocks behind, ``[B · H · blocks, L · D]``."""
-    if means is not None:
-        longest = blocks.shape[3]
-        means = F.pad(means.transpose(1, 2), (0, 0, 0, -means.shape[1] % longest))
-        blocks = torch.cat([blocks, means.unflatten(2, (-1, longest))], dim=2)
-    return blocks.flatten(0, 2).flatten(1)
+def _with_means(blocks: Tensor, means: Tensor) -> Tensor:
+    """``[N, L, D]`` with the means ``[N, D]`` in blocks of their own behind."""
+    longest = blocks.shape[1]
+    means = F.pad(means, (0, 0, 0, -len(means) % longest))
+    return torch.cat([blocks, means.unflatten(0, (-1, longest))])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:

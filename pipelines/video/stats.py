@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -99,8 +100,6 @@ class Stopwatch:
 
     def _now(self) -> float | torch.cuda.Event:
         if not self._cuda:
-            import time
-
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()

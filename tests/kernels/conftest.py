@@ -88,8 +88,9 @@ SPECS = [
     Spec("blocks-of-112", (112, 112), block_size=128, residual=True),
     Spec("blocks-of-8", (8, 8, 8, 5, 8, 2, 8, 8), block_size=8, residual=True, lse=True),
     Spec("rectangular-63x111", (32, 31), ODD, lse=True),
-    Spec("rectangular-causal-63x111", (32, 31), ODD, causal=True, lse=True),
-    Spec("rectangular-causal-111x63", ODD, (32, 31), causal=True, lse=True),
+    Spec("rectangular-causal-63x111", (32, 31), ODD, causal=True, lse=True, density=2.0, empty_row=False),
+    Spec("rectangular-causal-111x63", ODD, (32, 31), causal=True, lse=True, density=2.0, empty_row=False),
+    Spec("rectangular-causal-residual", (32, 31), RAGGED, causal=True, residual=True, mask_heads=2),
     Spec("batch3-mask-per-item-and-head-gqa", RAGGED, batch=3, heads=4, mask_batch=3, mask_heads=4),
     Spec("batch2-mask-per-item", ODD, batch=2, mask_batch=2),
     Spec("mqa-mask-per-head", ODD, heads=3, kv_heads=1, mask_heads=3, residual=True),
@@ -114,7 +115,7 @@ SPECS = [
     Spec("head-dim-96", ODD, head_dim=96, residual=True),
     Spec("head-dim-128", (128, 97), block_size=128, head_dim=128, dtype=torch.bfloat16, heads=1, kv_heads=1, lse=True),
     Spec("head-dim-128-fp32", ODD, head_dim=128, heads=1, kv_heads=1),
-    Spec("head-dim-256", (65, 100), block_size=128, head_dim=256, dtype=torch.bfloat16, heads=1, kv_heads=1, lse=True),
+    Spec("head-dim-256", (65, 100), block_size=128, head_dim=256, dtype=torch.bfloat16, density=2.0, lse=True),
     Spec("head-dim-256-fp32", ODD, head_dim=256, heads=1, kv_heads=1),
 ]
 
@@ -139,6 +140,7 @@ def make_case(spec: Spec, device: str = DEVICE) -> Case:
     block_map = torch.rand(shape, generator=generator) < chances
     if spec.empty_row:
         block_map[:, :, 0] = False
+    assert bool(block_map.any()) == (spec.density > 0), f"{spec.name} tests nothing: change its density"
 
     def tokens(length: int, heads: int, offsets: Tensor) -> Tensor:
         if spec.transposed:
