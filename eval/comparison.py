@@ -62,7 +62,7 @@ def compare(
 def save_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _times(generation: Generation, step: float) -> dict[str, float]:

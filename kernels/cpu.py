@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from draftattn.kernels.api import BlockMeans
     from draftattn.kernels.block_mask import BlockMask
 
-_CHUNK_BYTES = 4 * 2**20  # gathered keys and values that are alive at once
+_CHUNK_BYTES = 8 * 2**20  # gathered keys and values that are alive at once
 
 
 class _Blocks(NamedTuple):

@@ -1,0 +1,95 @@
+"""Compiles the Hopper kernel, which needs no GPU, and prints what it takes.
+
+``python tests/kernels/compile_hopper.py bf16:128 fp16:64:causal,residual,lse`` prints a line of JSON per
+``dtype:head_dim:options``. Run it outside Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from draftattn.kernels.hopper import attention_forward_kernel, choose_launch
+
+POINTERS = {"p_lse": "fp32", "p_map": "u8"}
+
+
+def compile_kernel(dtype: str, head_dim: int, options: tuple[str, ...] = ()) -> dict[str, object]:
+    """Stack bytes (spills), shared memory, and the instructions that decide whether softmax overlaps with P·V."""
+    launch = choose_launch(head_dim)
+    constants = dict(
+        STAGES=launch.stages,
+        CAUSAL="causal" in options,
+        RESIDUAL="residual" in options,
+        RETURN_LSE="lse" in options,
+        FLIP="flip" in options,
+        DYNAMIC=launch.dynamic,
+        CONSUMER_REGISTERS=launch.consumer_registers,
+        PRODUCER_REGISTERS=launch.producer_registers,
+    )
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    names = attention_forward_kernel.arg_names
+    signature, attributes = {}, {}
+    for index, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("d_"):
+            signature[name] = f"tensordesc<{dtype}[1,1,{64 if name == 'd_q' else 128},{head_dim}],{layout!r}>"
+        elif name.startswith("p_"):
+            signature[name] = "*" + (dtype if name == "p_out" else POINTERS.get(name, "i32"))
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if "scale" in name else "i32"
+    constants_by_index = {(names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(attention_forward_kernel, signature, constants_by_index, attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        stack = re.search(r"STACK:(\d+)", _run_tool("--dump-resource-usage", file.name))
+        assembly = _run_tool("-sass", file.name)
+    assert stack
+    return dict(
+        dtype=dtype,
+        head_dim=head_dim,
+        options=options,
+        stack_bytes=int(stack[1]),
+        shared_kb=kernel.metadata.shared / 1024,
+        overlapped=_exponentials_between_waits(assembly),
+    )
+
+
+def _exponentials_between_waits(assembly: str) -> int:
+    """Exponentials between a wait that leaves one product in flight and the next wait; the fewest of all places."""
+    between: list[int] = []
+    open_wait = False
+    for line in assembly.splitlines():
+        if "DEPBAR.LE gsb0, 0x1" in line:
+            between.append(0)
+            open_wait = True
+        elif "DEPBAR.LE gsb0, 0x0" in line:
+            open_wait = False
+        elif open_wait and "MUFU.EX2" in line:
+            between[-1] += 1
+    return min(between, default=0)
+
+
+def _run_tool(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    for job in sys.argv[1:]:
+        dtype, head_dim, *options = job.split(":")
+        names = tuple(options[0].split(",")) if options else ()
+        print(json.dumps(compile_kernel(dtype, int(head_dim), names)), flush=True)
