@@ -189,7 +189,7 @@ def block_layout(
 
     >>> layout = block_layout(TokenGrid(2, 3, 5), (1, 2, 4))
     >>> layout.offsets.diff().tolist()
-    [4, 6, 2, 3, 4, 6, 2, 3]
+    [2, 3, 4, 6, 2, 3, 4, 6]
     """
     if min(grid) < 1 or num_text_tokens < 0:
         raise InputError(f"token grid {tuple(grid)} with {num_text_tokens} text tokens; every side must be positive")

@@ -79,7 +79,7 @@ def block_sparse_attention(
             blocks, the residual takes those that the query sees whole.
         residual: means of the key blocks, for skipped blocks to contribute through; None drops them.
         return_lse: also return the log-sum-exp of the scores (residual included), float32 ``[B, H, S_q]``.
-        backend: ``"auto"`` for the fastest that can serve, or ``"reference"``, ``"cpu"``, ``"triton"``.
+        backend: ``"auto"`` for the fastest that can serve, or ``"reference"``, ``"cpu"``, ``"triton"``, ``"hopper"``.
 
     Returns:
         The output ``[B, S_q, H, D]`` in the query's dtype, and the LSE if asked for.
@@ -100,6 +100,8 @@ def block_sparse_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = choose_backend(backend, query, key, value, residual)
     match chosen:
+        case "hopper":
+            from draftattn.kernels.hopper import attention_forward
         case "triton":
             from draftattn.kernels.triton_forward import attention_forward
         case "cpu":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-BackendName = Literal["auto", "reference", "cpu", "triton"]
+BackendName = Literal["auto", "reference", "cpu", "triton", "hopper"]
 
 TRITON_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,7 +28,7 @@ def choose_backend(
     if backend not in get_args(BackendName):
         raise ValueError(f"backend is {backend!r}; choose from {', '.join(get_args(BackendName))}")
     if backend == "auto":
-        candidates: tuple[BackendName, ...] = ("triton",) if query.device.type == "cuda" else ("cpu",)
+        candidates: tuple[BackendName, ...] = ("hopper", "triton") if query.device.type == "cuda" else ("cpu",)
         reasons: list[str] = []
         for candidate in candidates:
             refused = reasons_against(candidate, query, key, value, residual)
@@ -61,21 +62,65 @@ def reasons_against(
                 reasons.append(f"the last dimension of {name} is not contiguous")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ()))):
             reasons.append("it has no backward pass")
+    if backend == "hopper":
+        reasons += reasons_against_hopper(query, key, value, residual)
     if backend == "cpu" and query.device.type != "cpu":
         reasons.append(f"tensors are on {query.device.type}, it needs the CPU")
     return reasons
 
 
+def reasons_against_hopper(
+    query: Tensor, key: Tensor, value: Tensor, residual: tuple[Tensor, ...] | None = None
+) -> list[str]:
+    """Every reason why the Hopper kernel cannot serve these tensors: it reads them through TMA, without copies."""
+    reasons = reasons_against_platform("hopper")
+    if query.device.type != "cuda":
+        reasons.append(f"tensors are on {query.device.type}, it needs a Hopper GPU")
+    elif torch.version.hip or torch.cuda.get_device_capability(query.device)[0] != 9:
+        reasons.append(f"{torch.cuda.get_device_name(query.device)} is not a Hopper GPU (compute capability 9.0)")
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {query.dtype} is not fp16 or bf16")
+    if query.shape[-1] not in (64, 128):
+        reasons.append(f"head_dim {query.shape[-1]} is not 64 or 128")
+    means = (("residual.key", residual[0]), ("residual.value", residual[1])) if residual is not None else ()
+    for name, tensor in (("query", query), ("key", key), ("value", value), *means):
+        steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
+        if tensor.stride(-1) != 1:
+            reasons.append(f"the last dimension of {name} is not contiguous")
+        if tensor.data_ptr() % 16 or any(step % 8 for step in steps):
+            reasons.append(f"{name} is not aligned to 16 bytes in every dimension")
+        if 0 in steps:
+            reasons.append(f"{name} is expanded (a stride is 0)")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ()))):
+        reasons.append("it has no backward pass")
+    return reasons
+
+
 def reasons_against_platform(backend: BackendName) -> list[str]:
     """Why a backend can serve no call at all on this machine; empty if it can."""
-    if backend != "triton":
+    if backend not in ("triton", "hopper"):
         return []
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    installed = triton_version()
+    if installed is None:
         reasons.append(f"the package triton is not installed (on {platform.system()})")
+    elif backend == "hopper" and installed < (3, 6):
+        reasons.append(f"Triton {installed[0]}.{installed[1]} is older than 3.6")
+    if backend == "hopper" and triton_interpreted():
+        reasons.append("Triton's interpreter does not run Gluon")
     if not torch.cuda.is_available() and not triton_interpreted():
         reasons.append("torch sees no CUDA or ROCm device")
     return reasons
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """Major and minor version of the installed Triton; looked up once, for every call asks."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
 
 
 def triton_interpreted() -> bool:

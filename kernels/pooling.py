@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from draftattn.kernels.backends import triton_version
 
 
 def pool_blocks(x: Tensor, offsets: Tensor, block_size: int = 128) -> Tensor:
@@ -30,7 +30,7 @@ def pool_blocks(x: Tensor, offsets: Tensor, block_size: int = 128) -> Tensor:
     if offsets.ndim not in (1, 2) or (offsets.ndim == 2 and offsets.shape[0] != x.shape[0]):
         raise ValueError(f"offsets must be [N + 1] or [{x.shape[0]}, N + 1]; got shape {list(offsets.shape)}")
     wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    if x.is_cuda and x.dtype != torch.float64 and not wants_gradient and importlib.util.find_spec("triton"):
+    if x.is_cuda and x.dtype != torch.float64 and not wants_gradient and triton_version() is not None:
         from draftattn.kernels.triton_pooling import pool_blocks as pool_blocks_triton
 
         return pool_blocks_triton(x, offsets, block_size)

@@ -29,7 +29,7 @@ def doctor() -> None:
         example = torch.empty(1, 128, 1, 128, dtype=dtype, device=device)
         chosen = choose_backend("auto", example, example, example)
         kernels = Table("kernel", "", "why")
-        for name in ("triton", "cpu", "reference"):
+        for name in ("hopper", "triton", "cpu", "reference"):
             reasons = reasons_against(name, example, example, example)
             if name == chosen:
                 verdict, why = "[green]chosen[/green]", "the fastest that can serve here"

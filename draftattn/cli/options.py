@@ -61,7 +61,9 @@ DenseLayers = Annotated[
 ]
 Backend = Annotated[
     str | None,
-    typer.Option(help="Kernel: auto, triton, cpu or reference. See 'draftattn doctor'.", rich_help_panel=DRAFT_PANEL),
+    typer.Option(
+        help="Kernel: auto, hopper, triton, cpu or reference. See 'draftattn doctor'.", rich_help_panel=DRAFT_PANEL
+    ),
 ]
 
 

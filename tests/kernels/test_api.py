@@ -78,9 +78,14 @@ def test_a_residual_that_needs_a_gradient_is_a_reason_too():
         block_sparse_attention(x, x, x, MASK, residual=means, backend="triton")
 
 
-def test_auto_takes_the_backend_of_the_device(device, monkeypatch):
+def test_auto_takes_the_backend_of_the_device(device):
     x = tensors().to(device)
     assert backends.choose_backend("auto", x, x, x) == ("triton" if device == "cuda" else "cpu")
+    x = torch.rand(1, 128, 2, 128, dtype=torch.bfloat16, device=device)
+    on_hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    assert backends.choose_backend("auto", x, x, x) == (
+        "hopper" if on_hopper else "triton" if device == "cuda" else "cpu"
+    )
 
 
 def test_auto_warns_once_before_it_is_slow(monkeypatch):
