@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from draftattn.config import DraftConfig
 from draftattn.eval.architectures import build_transformer, example_inputs, token_grid
 from draftattn.eval.environment import device_name, package_versions
+from draftattn.kernels.backends import choose_backend
 from draftattn.pipelines.video.enable import disable, enable
 
 # A forward that skips nothing may differ from dense by this many roundings of its dtype, relative to the output.
@@ -100,6 +101,7 @@ def bench_model(
         "dtype": str(dtype).removeprefix("torch."),
         "repeats": repeats,
         "settings": dataclasses.asdict(config),
+        "kernel": _kernel(config, transformer, dtype, device),
         "gate": {"relative_error": error, "allowed": allowed},
         "dense": {"seconds": dense, "all_seconds": dense_times, "peak_memory_gib": peaks["dense"]},
         "draft": {
@@ -113,6 +115,13 @@ def bench_model(
         "device": device_name(device),
         "versions": package_versions(),
     }
+
+
+def _kernel(config: DraftConfig, transformer: Any, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend that serves this model's attention."""
+    head_dim = transformer.config.attention_head_dim
+    example = torch.empty(1, 128, 1, head_dim, dtype=dtype, device=device)
+    return choose_backend(config.backend, example, example, example)
 
 
 def _timed(transformer: nn.Module, arguments: dict[str, Any], device: torch.device) -> tuple[float, float | None]:

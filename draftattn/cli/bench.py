@@ -78,6 +78,7 @@ def model(
     table.add_row("forward pass, median", *(f"{result[kind]['seconds']:.4f} s" for kind in ("dense", "draft")))
     table.add_row("all", *(_range(result[kind]["all_seconds"]) for kind in ("dense", "draft")))
     table.add_row("speed-up", "", f"{result['speedup']:.2f}×")
+    table.add_row("kernel", "", result["kernel"])
     table.add_row("density", "1", f"{result['draft']['density']:.4f}")
     table.add_row("making masks", "", f"{result['draft']['mask_seconds']:.4f} s")
     if result["dense"]["peak_memory_gib"] is not None:
