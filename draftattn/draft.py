@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from draftattn.inputs import AttentionInputs
@@ -26,7 +27,7 @@ def draft_map(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
     video_blocks = inputs.layout.num_video_blocks
     query, key = inputs.mean_query[:, :video_blocks], inputs.mean_key[:, :video_blocks]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-    scores = (query * scale).transpose(1, 2) @ key.permute(0, 2, 3, 1)
+    query = rearrange(query * scale, "b q (h group) d -> b h group q d", h=key.shape[2])
+    scores = rearrange(query @ rearrange(key, "b k h d -> b h 1 d k"), "b h group q k -> b (h group) q k")
     log_count = inputs.layout.offsets[: video_blocks + 1].diff().to(scores.dtype).log()
     return torch.softmax(scores + log_count, dim=-1)
