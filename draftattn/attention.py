@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from draftattn.config import DraftConfig
+from draftattn.errors import InputError
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.api import BlockMeans, block_sparse_attention
 from draftattn.kernels.block_mask import BlockMask
@@ -36,6 +37,9 @@ def draft_attention(
     Returns:
         ``[B, S, H, D]``.
 
+    Raises:
+        InputError: if the sequence does not fit the layout.
+
     >>> import torch
     >>> from draftattn import TokenGrid, block_layout
     >>> layout = block_layout(TokenGrid(2, 12, 20))
@@ -44,6 +48,13 @@ def draft_attention(
     torch.Size([1, 480, 2, 32])
     """
     config = DraftConfig() if config is None else config
+    if query.shape[1] != layout.num_tokens or key.shape[1] != layout.num_tokens:
+        raise InputError(
+            f"query has {query.shape[1]} and key {key.shape[1]} tokens; the layout has {layout.num_tokens} "
+            f"({layout.grid.num_tokens} video and {layout.num_text_tokens} text)"
+        )
+    if text_lengths is not None and layout.num_text_tokens == 0:
+        raise InputError("text_lengths is given, but the layout has no text tokens")
     inputs = AttentionInputs(query, key, value, layout, text_lengths)
     mask = DraftPolicy(config)(inputs, CallContext(), scale)
     return attend(inputs, mask, config, scale=scale)

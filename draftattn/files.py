@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,12 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output {str(path)!r} cannot be written: {error.strerror} ({error.filename})") from error
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"output {str(path)!r} cannot be written: permission denied")
+    try:
+        # permissions do not tell all: root may write nowhere in /proc
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 @contextmanager

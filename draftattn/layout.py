@@ -201,10 +201,11 @@ def block_layout(
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a cached inference tensor would break later autograd
 def _build_layout(
     grid: TokenGrid, tile: Tile, block_size: int, num_text_tokens: int, device: torch.device
 ) -> BlockLayout:
-    tokens = torch.arange(grid.num_tokens).view(grid)
+    tokens = torch.arange(grid.num_tokens, device="cpu").view(grid)
     order: list[Tensor] = []
     lengths: list[int] = []
     for frames in _pieces(grid.frames, tile.frames):
@@ -216,7 +217,7 @@ def _build_layout(
     num_video_blocks = len(lengths)
     lengths += [piece.stop - piece.start for piece in _pieces(num_text_tokens, block_size)]
     permutation = torch.cat(order)
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    offsets = torch.tensor([0, *lengths], device="cpu").cumsum(0)
     return BlockLayout(
         grid=grid,
         tile=tile,

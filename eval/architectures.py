@@ -41,31 +41,44 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build_transformer(model: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
-    """A transformer of a published architecture with seeded random weights, or the one of a pipeline.
+def read_architecture(model: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Transformer class, transformer config and VAE config of a model, before any weight exists.
 
     Args:
         model: a name of `ARCHITECTURES`, a folder, or a Hugging Face repository id.
-        dtype: precision of the weights.
-        device: where they live.
-        seed: seed of random weights.
 
     Raises:
         InputError: if the model is none of these.
     """
-    import diffusers
-
+    from draftattn.pipelines.video.checks import component_config
     from draftattn.pipelines.video.pipeline import check_model
 
+    if model in ARCHITECTURES:
+        class_name, config = ARCHITECTURES[model]
+        return class_name, config, {}  # their VAEs have the usual compression
+    if not Path(model).exists() and "/" not in model:
+        raise InputError(f"model is {model!r}; give a folder, a repository id, or {', '.join(ARCHITECTURES)}")
+    class_name = check_model(model)["transformer"][1]
+    return class_name, component_config(model, "transformer"), component_config(model, "vae")
+
+
+def build_transformer(model: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
+    """A transformer of a published architecture with seeded random weights, or the one of a pipeline.
+
+    Args:
+        model: see `read_architecture`.
+        dtype: precision of the weights.
+        device: where they live.
+        seed: seed of random weights.
+    """
+    import diffusers
+
+    class_name, config, _ = read_architecture(model)
     if model not in ARCHITECTURES:
-        if not Path(model).exists() and "/" not in model:
-            raise InputError(f"model is {model!r}; give a folder, a repository id, or {', '.join(ARCHITECTURES)}")
-        class_name = check_model(model)["transformer"][1]
         loaded: nn.Module = getattr(diffusers, class_name).from_pretrained(
             model, subfolder="transformer", dtype=dtype, use_safetensors=True
         )
         return loaded.to(device).eval()
-    class_name, config = ARCHITECTURES[model]
     torch.manual_seed(seed)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -76,13 +89,25 @@ def build_transformer(model: str, dtype: torch.dtype, device: torch.device, seed
         torch.set_default_dtype(previous)
 
 
-def latent_shape(transformer: Any, height: int, width: int, num_frames: int) -> tuple[int, int, int, int, int]:
-    """Shape of the latents of a video, for VAEs that compress 8× in space and 4× in time."""
-    return 1, transformer.config.in_channels, (num_frames - 1) // 4 + 1, height // 8, width // 8
+def latent_shape(model: str, height: int, width: int, num_frames: int) -> tuple[int, int, int, int, int]:
+    """Shape of the latents of a video.
+
+    Raises:
+        InputError: if the model does not take the size.
+    """
+    from draftattn.pipelines.video.adapter import adapter_for
+    from draftattn.pipelines.video.checks import check_size
+
+    class_name, config, vae = read_architecture(model)
+    multiples = adapter_for(class_name).size_multiples(vae, config)
+    check_size(multiples, height, width, num_frames)
+    patch = config.get("patch_size", 2)
+    space = multiples[0] // (patch if isinstance(patch, int) else patch[1])
+    return 1, config.get("in_channels", 16), (num_frames - 1) // multiples[1] + 1, height // space, width // space
 
 
 def example_inputs(
-    transformer: Any, height: int, width: int, num_frames: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+    transformer: Any, latents: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> dict[str, Any]:
     """Random arguments of one forward pass, guidance batch of 1, text of the usual length.
 
@@ -96,7 +121,7 @@ def example_inputs(
 
     config = transformer.config
     arguments: dict[str, Any] = {
-        "hidden_states": noise(*latent_shape(transformer, height, width, num_frames)),
+        "hidden_states": noise(*latents),
         "timestep": torch.tensor([500], device=device),
         "return_dict": False,
     }

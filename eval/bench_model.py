@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from draftattn.config import DraftConfig
-from draftattn.eval.architectures import build_transformer, example_inputs, token_grid
+from draftattn.eval.architectures import build_transformer, example_inputs, latent_shape, read_architecture, token_grid
 from draftattn.eval.environment import device_name, package_versions
 from draftattn.kernels.backends import choose_backend
+from draftattn.pipelines.video.checks import check_backend
 from draftattn.pipelines.video.enable import disable, enable
 
 # A forward that skips nothing may differ from dense by a few roundings of its dtype, relative to the output.
@@ -60,9 +61,11 @@ def bench_model(
     Raises:
         RuntimeError: if the gate is red.
     """
+    latents = latent_shape(model, height, width, num_frames)
+    check_backend(config, read_architecture(model)[1], dtype, device)
     on_progress("building the transformer")
     transformer = build_transformer(model, dtype, device)
-    arguments = example_inputs(transformer, height, width, num_frames, dtype, device)
+    arguments = example_inputs(transformer, latents, dtype, device)
     grid = token_grid(transformer, arguments)
 
     on_progress("checking that sparsity 0 equals dense")

@@ -51,10 +51,11 @@ def generate(
         **arguments: what the pipeline's call takes (one prompt).
     """
     marks: list[float] = []
+    device = torch.device(pipeline._execution_device)
 
     def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def before_denoiser(module: Any, args: Any) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, get_args
 
 import torch
@@ -57,11 +57,7 @@ def reasons_against(
             reasons.append("Triton's interpreter gets bf16 products wrong")
         if query.shape[-1] not in TRITON_HEAD_DIMS:
             reasons.append(f"head_dim {query.shape[-1]} is not one of {TRITON_HEAD_DIMS}")
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tensor.stride(-1) != 1:
-                reasons.append(f"the last dimension of {name} is not contiguous")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ()))):
-            reasons.append("it has no backward pass")
+        reasons += _reasons_of_gpu_kernels(query, key, value, residual)
     if backend == "hopper":
         reasons += reasons_against_hopper(query, key, value, residual)
     if backend == "cpu" and query.device.type != "cpu":
@@ -85,12 +81,21 @@ def reasons_against_hopper(
     means = (("residual.key", residual[0]), ("residual.value", residual[1])) if residual is not None else ()
     for name, tensor in (("query", query), ("key", key), ("value", value), *means):
         steps = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
-        if tensor.stride(-1) != 1:
-            reasons.append(f"the last dimension of {name} is not contiguous")
         if tensor.data_ptr() % 16 or any(step % 8 for step in steps):
             reasons.append(f"{name} is not aligned to 16 bytes in every dimension")
         if 0 in steps:
             reasons.append(f"{name} is expanded (a stride is 0)")
+    return reasons + _reasons_of_gpu_kernels(query, key, value, residual)
+
+
+def _reasons_of_gpu_kernels(
+    query: Tensor, key: Tensor, value: Tensor, residual: tuple[Tensor, ...] | None
+) -> list[str]:
+    reasons = [
+        f"the last dimension of {name} is not contiguous"
+        for name, tensor in (("query", query), ("key", key), ("value", value))
+        if tensor.stride(-1) != 1
+    ]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ()))):
         reasons.append("it has no backward pass")
     return reasons
@@ -116,10 +121,11 @@ def reasons_against_platform(backend: BackendName) -> list[str]:
 @functools.cache
 def triton_version() -> tuple[int, int] | None:
     """Major and minor version of the installed Triton; looked up once, for every call asks."""
-    try:
-        major, minor = version("triton").split(".")[:2]
-    except PackageNotFoundError:
+    if importlib.util.find_spec("triton") is None:
         return None
+    import triton  # its distribution has other names on ROCm and in nightly builds
+
+    major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockMask:
     """A block-sparse attention pattern over ragged blocks, in FlexAttention's vocabulary.
 

@@ -8,7 +8,7 @@ from draftattn.errors import InputError
 
 
 def main() -> None:
-    """Runs the command line. Bad input ends it with one sentence and exit code 2, an interrupt with 130."""
+    """Runs the command line. Bad input ends it with one sentence and exit code 2."""
     from draftattn.cli.app import app
 
     try:
@@ -16,6 +16,3 @@ def main() -> None:
     except InputError as error:
         print(f"draftattn: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("draftattn: interrupted; no half-written file is left", file=sys.stderr)
-        sys.exit(130)

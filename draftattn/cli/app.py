@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from draftattn.cli import options
 from draftattn.cli.bench import bench_app
 from draftattn.cli.doctor import doctor
 from draftattn.cli.generate import generate
@@ -19,7 +20,7 @@ app = typer.Typer(
 app.command(
     epilog='Example: draftattn generate --model assets/tiny-wan --prompt "hands moving red cups on a white table" '
     "--height 256 --width 448 --frames 33 --steps 12 --against-dense"
-)(generate)
+)(options.interruptible(generate))
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
 

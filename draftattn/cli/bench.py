@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from draftattn.cli import options
-from draftattn.cli.generate import check_backend
 from draftattn.errors import InputError
 from draftattn.files import check_writable
 
@@ -23,6 +22,7 @@ def _bench() -> None:
 
 
 @bench_app.command()
+@options.interruptible
 def model(
     model: Annotated[
         str,
@@ -60,7 +60,6 @@ def model(
     if output is not None:
         check_writable(output)
     device = options.default_device()
-    check_backend(config, device)
     console = Console()
     with console.status("measuring") as status:
         result = bench_model(

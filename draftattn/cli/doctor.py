@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from draftattn.kernels.backends import choose_backend, reasons_against
+from draftattn.kernels.backends import BackendName, choose_backend, reasons_against, reasons_against_platform
 
 
 def doctor() -> None:
@@ -29,8 +31,10 @@ def doctor() -> None:
         example = torch.empty(1, 128, 1, 128, dtype=dtype, device=device)
         chosen = choose_backend("auto", example, example, example)
         kernels = Table("kernel", "", "why")
-        for name in ("hopper", "triton", "cpu", "reference"):
-            reasons = reasons_against(name, example, example, example)
+        for name in get_args(BackendName):
+            if name == "auto":
+                continue
+            reasons = reasons_against_platform(name) or reasons_against(name, example, example, example)
             if name == chosen:
                 verdict, why = "[green]chosen[/green]", "the fastest that can serve here"
             elif reasons:

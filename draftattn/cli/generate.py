@@ -76,16 +76,18 @@ def generate(
     """Generate videos with draft attention."""
     config = options.draft_config(preset, sparsity, warmup, selection, residual, tile, dense_layers, backend)
     device = options.default_device()
-    _check_numbers(steps, guidance, fps, offload, device)
+    weights_dtype = options.resolve_dtype(dtype, device)
+    _check_numbers(steps, guidance, fps, seed, offload, device)
     prompts = _read_prompts(prompt, prompt_file)
     targets = _outputs(output, len(prompts), against_dense)
     arguments = _pipeline_arguments(negative_prompt, height, width, frames, steps, guidance)
-    check_backend(config, device)
-    index = _check_model(model, config, image, height, width, frames)
+    index = _check_model(model, config, image, height, width, frames, weights_dtype, device)
+    for paths in targets:
+        paths.check_writable()
     if image is not None:
         arguments["image"] = _read_image(image, width, height)
 
-    pipe = _load(model, index, config, options.resolve_dtype(dtype, device), device, offload, vae_tiling)
+    pipe = _load(model, index, config, weights_dtype, device, offload, vae_tiling)
     settings = {
         "model": model,
         "negative_prompt": negative_prompt,
@@ -96,35 +98,24 @@ def generate(
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
-        "dtype": str(options.resolve_dtype(dtype, device)).removeprefix("torch."),
+        "dtype": str(weights_dtype).removeprefix("torch."),
         "offload": offload.value,
     }
     for text, paths in zip(prompts, targets, strict=True):
         _one_prompt(pipe, config, {**arguments, "prompt": text}, {**settings, "prompt": text}, seed, fps, paths, device)
 
 
-def check_backend(config: DraftConfig, device: torch.device) -> None:
-    """Checks before anything is loaded that the chosen kernel can run at all.
-
-    Raises:
-        InputError: with every reason why it cannot.
-    """
-    from draftattn.kernels.backends import reasons_against_platform
-
-    reasons = reasons_against_platform(config.backend)
-    if config.backend == "cpu" and device.type != "cpu":
-        reasons.append(f"the model runs on {device.type}")
-    if reasons:
-        raise InputError(f"backend {config.backend!r} cannot serve here: {'; '.join(reasons)}")
-
-
-def _check_numbers(steps: int, guidance: float | None, fps: int, offload: Offload, device: torch.device) -> None:
+def _check_numbers(
+    steps: int, guidance: float | None, fps: int, seed: int, offload: Offload, device: torch.device
+) -> None:
     if steps < 1:
         raise InputError(f"steps is {steps}; it must be at least 1")
     if guidance is not None and guidance < 0:
         raise InputError(f"guidance is {guidance}; it must not be negative")
     if fps < 1:
         raise InputError(f"fps is {fps}; it must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; it must be in [0, 2^63)")
     if offload is not Offload.none and device.type == "cpu":
         raise InputError(f"offload is {offload.value!r}; without a GPU there is nothing to offload from, use none")
 
@@ -155,6 +146,9 @@ class _Outputs:
         self.draft = draft.with_name(f"{draft.stem}{suffix}{draft.suffix}")
         self.dense = draft.with_name(f"dense{suffix}.mp4") if against_dense else None
         self.comparison = draft.with_name(f"compare{suffix}.json") if against_dense else None
+
+    def check_writable(self) -> None:
+        """Raises an InputError if one of the files could not be written."""
         for path in (self.draft, self.dense, self.comparison):
             if path is not None:
                 check_writable(path)
@@ -188,12 +182,19 @@ def _pipeline_arguments(
 
 
 def _check_model(
-    model: str, config: DraftConfig, image: Path | None, height: int | None, width: int | None, frames: int | None
+    model: str,
+    config: DraftConfig,
+    image: Path | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Any]:
     if image is not None and not image.is_file():
         raise InputError(f"image {str(image)!r} is not a file")
     with console.status("reading the model's configuration"):
-        from draftattn.pipelines.video.checks import check_request
+        from draftattn.pipelines.video.checks import check_backend, check_request, component_config
         from draftattn.pipelines.video.pipeline import check_model
 
         index = check_model(model)
@@ -202,6 +203,7 @@ def _check_model(
             wants = "needs --image, its first frame" if needs_image else "takes no --image"
             raise InputError(f"{index['_class_name']} {wants}")
         check_request(model, index, config, height=height, width=width, num_frames=frames)
+        check_backend(config, component_config(model, "transformer"), dtype, device)
     return index
 
 
@@ -269,7 +271,8 @@ def _one_prompt(
         console.print(f"{paths.draft}: {draft.seconds:.1f} s, density of sparse layers {stats.density:.3f}")
         return
     assert paths.comparison is not None
-    comparison = compare(dense, draft, stats, config, settings, device)
+    with console.status("comparing the videos"):
+        comparison = compare(dense, draft, stats, config, settings, device)
     save_json(paths.comparison, comparison)
     _print_comparison(comparison)
     console.print(f"Wrote {paths.dense}, {paths.draft} and {paths.comparison}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from typing import Annotated, Any
@@ -65,6 +67,20 @@ Backend = Annotated[
         help="Kernel: auto, hopper, triton, cpu or reference. See 'draftattn doctor'.", rich_help_panel=DRAFT_PANEL
     ),
 ]
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that an interrupt ends with one sentence and exit code 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo("draftattn: interrupted; no half-written file is left", err=True)
+            raise typer.Exit(130) from None
+
+    return run
 
 
 class Dtype(str, Enum):

@@ -42,7 +42,7 @@ class TextTokens:
 
 
 class VideoAdapter(ABC):
-    """One model family. Adapters hold no state of a model."""
+    """One model family. An adapter never holds on to a model."""
 
     transformer_classes: ClassVar[tuple[str, ...]]
     token_sites: ClassVar[tuple[TokenSite, ...]]

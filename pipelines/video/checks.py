@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin
 
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
+from draftattn.kernels.backends import reasons_against
 from draftattn.pipelines.video.adapter import adapter_for, resolve_layers
 
 
@@ -38,9 +40,25 @@ def check_request(
             names what is allowed.
     """
     adapter = adapter_for(index["transformer"][1])
-    transformer = _component_config(repo_or_folder, "transformer", **options)
+    transformer = component_config(repo_or_folder, "transformer", **options)
     resolve_layers(config.dense_layers, adapter.num_layers(transformer))
-    side, frame_step = adapter.size_multiples(_component_config(repo_or_folder, "vae", **options), transformer)
+    if height is None and width is None and num_frames is None:
+        return
+    check_size(
+        adapter.size_multiples(component_config(repo_or_folder, "vae", **options), transformer),
+        height,
+        width,
+        num_frames,
+    )
+
+
+def check_size(multiples: tuple[int, int], height: int | None, width: int | None, num_frames: int | None) -> None:
+    """Checks a video size against what an adapter's ``size_multiples`` gave.
+
+    Raises:
+        InputError: if a side or the number of frames is not allowed.
+    """
+    side, frame_step = multiples
     for name, value in (("height", height), ("width", width)):
         if value is not None and (value < side or value % side):
             near = max(side, round(value / side) * side)
@@ -50,8 +68,34 @@ def check_request(
         raise InputError(f"frames is {num_frames}; this model takes 1 plus a multiple of {frame_step}, such as {near}")
 
 
-def _component_config(repo_or_folder: str | Path, component: str, **options: Any) -> dict[str, Any]:
-    config = _AnyModel.load_config(str(repo_or_folder), subfolder=component, **options)
+def check_backend(
+    config: DraftConfig, transformer_config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Checks that the kernel asked for can serve a transformer.
+
+    Raises:
+        InputError: with every reason why it cannot.
+    """
+    if config.backend == "auto":
+        return
+    head_dim = transformer_config.get("attention_head_dim", 128)
+    example = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
+    with torch.no_grad():
+        reasons = reasons_against(config.backend, example, example, example)
+    if reasons:
+        raise InputError(f"backend {config.backend!r} cannot serve here: {'; '.join(reasons)}")
+
+
+def component_config(repo_or_folder: str | Path, component: str, **options: Any) -> dict[str, Any]:
+    """The config of one component of a pipeline.
+
+    Raises:
+        InputError: if there is none.
+    """
+    try:
+        config = _AnyModel.load_config(str(repo_or_folder), subfolder=component, **options)
+    except OSError as error:
+        raise InputError(f"model {str(repo_or_folder)!r} has no readable {component}/config.json") from error
     assert isinstance(config, dict)
     return config
 

@@ -14,6 +14,7 @@ from draftattn.pipelines.video.adapter import adapter_for, supported_classes
 from draftattn.pipelines.video.session import TransformerSession
 from draftattn.pipelines.video.stats import DraftStats, StatsRecorder
 from draftattn.pipelines.video.steps import StepClock
+from draftattn.policy import MaskPolicy
 from draftattn.presets import resolve_config
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, TransformerSession] = weakref.WeakKeyDictionary()
@@ -47,6 +48,11 @@ class DraftHandle:
         if target is not None and all(_sessions.get(session.transformer) is session for session in self._sessions):
             disable(target)
 
+    def remove_sessions(self) -> None:
+        """Removes what this handle installed, wherever it still is."""
+        for session in self._sessions:
+            session.remove()
+
     def __enter__(self) -> DraftHandle:
         return self
 
@@ -60,7 +66,9 @@ class DraftHandle:
         return f"DraftHandle({names}: {self.config})"
 
 
-def enable(pipeline_or_transformer: Any, config: DraftConfig | str | None = None) -> DraftHandle:
+def enable(
+    pipeline_or_transformer: Any, config: DraftConfig | str | None = None, *, policy: MaskPolicy | None = None
+) -> DraftHandle:
     """Computes the self-attention of a video model by draft attention from now on.
 
     Works on a diffusers pipeline (all its transformers; ``pipeline.draft`` is then the handle) or on one transformer.
@@ -70,6 +78,7 @@ def enable(pipeline_or_transformer: Any, config: DraftConfig | str | None = None
     Args:
         pipeline_or_transformer: a pipeline with a supported transformer, or the transformer.
         config: settings, the name of a preset, or None for the defaults.
+        policy: chooses the blocks in place of the draft policy; ``sparsity`` and ``selection`` are then not used.
 
     Returns:
         The handle with the statistics.
@@ -92,7 +101,7 @@ def enable(pipeline_or_transformer: Any, config: DraftConfig | str | None = None
     pipeline = None if isinstance(pipeline_or_transformer, nn.Module) else pipeline_or_transformer
     recorder = StatsRecorder()
     sessions = [
-        TransformerSession(name, transformer, adapter, resolved, StepClock(transformer, pipeline), recorder)
+        TransformerSession(name, transformer, adapter, resolved, StepClock(transformer, pipeline), recorder, policy)
         for (name, transformer), adapter in zip(transformers.items(), adapters, strict=True)
     ]
     disable(pipeline_or_transformer)
@@ -112,7 +121,9 @@ def disable(pipeline_or_transformer: Any) -> None:
         if session is not None:
             session.remove()
     if not isinstance(pipeline_or_transformer, nn.Module):
-        pipeline_or_transformer.__dict__.pop("draft", None)
+        handle = pipeline_or_transformer.__dict__.pop("draft", None)
+        if isinstance(handle, DraftHandle):
+            handle.remove_sessions()  # those of transformers that the pipeline has replaced since
 
 
 def _transformers_of(target: Any) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from draftattn.pipelines.video.adapter import TextTokens, TokenSite, VideoAdapte
 
 class _TextMask(NamedTuple):
     mask: Tensor
+    version: int
     longest: int
     shortest: int
     is_prefix: bool
@@ -77,10 +78,12 @@ class HunyuanVideoAdapter(VideoAdapter):
         return vae_config.get("spatial_compression_ratio", 8) * patch, vae_config.get("temporal_compression_ratio", 4)
 
     def _read_mask(self, mask: Tensor) -> _TextMask:
+        # inference tensors keep no count of in-place changes
+        version = 0 if mask.is_inference() else mask._version
         for seen in self._seen:
-            if seen.mask is mask:
+            if seen.mask is mask and seen.version == version:
                 return seen
         lengths = mask.sum(1, dtype=torch.int).tolist()  # the mask may be bfloat16, which cannot count past 256
         is_prefix = bool((mask.bool().cummin(1).values == mask.bool()).all())
-        self._seen.append(_TextMask(mask, int(max(lengths)), int(min(lengths)), is_prefix))
+        self._seen.append(_TextMask(mask, version, int(max(lengths)), int(min(lengths)), is_prefix))
         return self._seen[-1]

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
 from draftattn.pipelines.video.adapter import adapter_for, supported_classes
+from draftattn.pipelines.video.checks import check_request
 from draftattn.pipelines.video.enable import enable
 from draftattn.presets import resolve_config
 
@@ -25,7 +26,7 @@ class DraftAttentionPipeline:
     @classmethod
     def from_pretrained(
         cls, repo_or_folder: str | Path, *, draft: DraftConfig | str | None = None, **kwargs: Any
-    ) -> DiffusionPipeline:
+    ) -> Any:
         """Loads a pipeline and enables draft attention on it.
 
         Args:
@@ -44,8 +45,15 @@ class DraftAttentionPipeline:
         config = resolve_config(draft)
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise InputError(f"use_safetensors is {kwargs['use_safetensors']!r}; only safetensors weights are loaded")
-        check_model(repo_or_folder, **{name: kwargs[name] for name in _CONFIG_OPTIONS if name in kwargs})
-        pipe = DiffusionPipeline.from_pretrained(str(repo_or_folder), **kwargs)
+        options = {name: kwargs[name] for name in _CONFIG_OPTIONS if name in kwargs}
+        index = check_model(repo_or_folder, **options)
+        if "transformer" not in kwargs:
+            check_request(repo_or_folder, index, config, **options)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(str(repo_or_folder), **kwargs)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"model {str(repo_or_folder)!r} could not be loaded: {reason}") from error
         enable(pipe, config)
         return pipe
 

@@ -36,6 +36,7 @@ class TransformerSession:
         config: the settings.
         clock: tells the denoising step.
         recorder: takes the statistics.
+        policy: chooses the blocks; None for the config's draft policy.
 
     Raises:
         InputError: if a dense layer does not exist, or an attention processor does not go through diffusers'
@@ -50,10 +51,11 @@ class TransformerSession:
         config: DraftConfig,
         clock: StepClock,
         recorder: StatsRecorder,
+        policy: MaskPolicy | None = None,
     ) -> None:
         self.name = name
         self.config = config
-        self.policy: MaskPolicy = DraftPolicy(config)
+        self.policy: MaskPolicy = DraftPolicy(config) if policy is None else policy
         self._adapter = adapter
         self._clock = clock
         self._recorder = recorder
@@ -96,8 +98,8 @@ class TransformerSession:
         arguments = _arguments_by_name(transformer, args, kwargs)
         self._step = self._clock.read()
         self._sparse_step = self._is_sparse(self._step)
-        self._recorder.begin_forward(self.name, self._step.step, self._step.branch)
-        self._check_tile(transformer, arguments)
+        self._recorder.begin_forward(self.name, self._step)
+        self._check_call(transformer, arguments)
         self._text = self._adapter.prepare_text(arguments)
         self._hook_inner_modules(transformer)
         self._grid = self._adapter.token_grid(transformer, arguments)
@@ -142,7 +144,11 @@ class TransformerSession:
             "num_inference_steps=…), or set warmup=0"
         )
 
-    def _check_tile(self, transformer: nn.Module, arguments: dict[str, Any]) -> None:
+    def _check_call(self, transformer: Any, arguments: dict[str, Any]) -> None:
+        if getattr(transformer, "_parallel_config", None) is not None:
+            raise InputError(f"{self.name} has context parallelism on; draft attention runs on one device so far")
+        if torch.is_grad_enabled() and getattr(transformer, "is_gradient_checkpointing", False):
+            raise InputError(f"{self.name} has gradient checkpointing on, whose second forward would be dense")
         if self.config.tile is not None and self.config.tile[0] > 1:
             reason = self._adapter.frame_order_reason(transformer, arguments)
             if reason is not None:

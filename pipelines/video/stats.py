@@ -11,6 +11,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from draftattn.pipelines.video.steps import StepInfo
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -80,7 +82,7 @@ class Stopwatch:
     """Measures a stretch of device work without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._start = self._now()
         self._end = self._start
 
@@ -99,10 +101,10 @@ class Stopwatch:
         return self._end - self._start
 
     def _now(self) -> float | torch.cuda.Event:
-        if not self._cuda:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 
@@ -123,14 +125,19 @@ class StatsRecorder:
         # Bounded for transformers called outside any run, whose beginning nothing tells.
         self._pending: deque[_Pending] = deque(maxlen=100_000)
         self._forwards: set[tuple[str, int, str]] = set()
+        self._run: object = None
 
     def start_run(self) -> None:
         """Forgets the calls of the run before."""
         self._pending.clear()
         self._forwards.clear()
 
-    def begin_forward(self, transformer: str, step: int | None, branch: str | None) -> None:
+    def begin_forward(self, transformer: str, info: StepInfo) -> None:
         """Starts a new run if this forward cannot belong to the one so far: its step is behind, or was done."""
+        step, branch = info.step, info.branch
+        if info.run is not self._run:
+            self.start_run()
+            self._run = info.run
         if step is None:
             return
         last_step = self._pending[-1].step if self._pending else None

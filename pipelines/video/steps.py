@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,11 +15,12 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Step, number of steps and guidance branch; each None where it is not known."""
+    """Step, number of steps, guidance branch and an object that is another for every run; None where not known."""
 
     step: int | None = None
     num_steps: int | None = None
     branch: str | None = None
+    run: object = None
 
 
 class StepClock:
@@ -65,22 +66,21 @@ class StepClock:
 
     def read(self) -> StepInfo:
         """Where the current forward call stands."""
-        announced = self._announced
-        if announced.step is not None and announced.num_steps is not None:
-            return announced
         pipeline = self._pipeline()
         scheduler = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        if scheduler is None or timesteps is None:
+        # schedulers make new timesteps for every run
+        announced = replace(self._announced, run=timesteps)
+        if (announced.step is not None and announced.num_steps is not None) or scheduler is None or timesteps is None:
             return announced
         num_steps = getattr(pipeline, "_num_timesteps", None) or len(timesteps)
         step: Any = getattr(scheduler, "step_index", _MISSING)
         if step is None:  # before the first scheduler.step of a run
-            return StepInfo(0, num_steps, announced.branch)
+            return replace(announced, step=0, num_steps=num_steps)
         if step is not _MISSING:
-            return StepInfo(int(step) - (scheduler.begin_index or 0), num_steps, announced.branch)
+            return replace(announced, step=int(step) - (scheduler.begin_index or 0), num_steps=num_steps)
         current = getattr(pipeline, "_current_timestep", None)
         if current is None:
             return announced
         matches = (timesteps == current).nonzero()
-        return StepInfo(int(matches[0]) if len(matches) else None, num_steps, announced.branch)
+        return replace(announced, step=int(matches[0]) if len(matches) else None, num_steps=num_steps)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draftattn import BlockLayout, BlockMask, DraftConfig, TokenGrid, block_layout, draft_attention
+from draftattn import BlockLayout, BlockMask, DraftConfig, InputError, TokenGrid, block_layout, draft_attention
 from draftattn.inputs import AttentionInputs
 from draftattn.policy import CallContext, DraftPolicy
 
@@ -130,3 +130,13 @@ def test_bfloat16_comes_back_as_bfloat16() -> None:
     output = draft_attention(*tensors, layout, DraftConfig(sparsity=0, block_size=16))
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), sdpa(*(x.float() for x in tensors)), rtol=2e-2, atol=2e-2)
+
+
+def test_a_sequence_that_does_not_fit_the_layout_is_refused() -> None:
+    layout = block_layout(TokenGrid(2, 5, 7))
+    query = torch.randn(1, 80, 2, 16)
+    with pytest.raises(InputError, match=r"80 and key 80 tokens; the layout has 70"):
+        draft_attention(query, query, query, layout)
+    query = query[:, :70]
+    with pytest.raises(InputError, match="no text tokens"):
+        draft_attention(query, query, query, layout, text_lengths=torch.tensor([3]))

@@ -47,6 +47,9 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--steps", "0"], ["steps is 0"]),
         (["--guidance", "-1"], ["guidance is -1"]),
         (["--fps", "0"], ["fps is 0"]),
+        (["--seed", "-1"], ["seed is -1"]),
+        (["--backend", "hopper", "--dtype", "float32"], ["backend 'hopper'", "fp16 or bf16"]),
+        (["--output", "/proc/video.mp4"], ["/proc/video.mp4", "cannot be written"]),
         (["--output", "video.gif"], ["video.gif", ".mp4"]),
         (["--output", "/proc/none/video.mp4"], ["/proc/none/video.mp4", "cannot be written"]),
         (["--model", "no-such-folder"], ["no-such-folder", "not a folder"]),
@@ -126,7 +129,9 @@ def test_empty_prompt_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "holds no prompt" in capsys.readouterr().err
 
 
-def test_interrupt_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_interrupt_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     import draftattn.eval.video
 
     class Writer:
@@ -146,6 +151,7 @@ def test_interrupt_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     output = tmp_path / "draft.mp4"
     arguments = ["--model", TINY_WAN, "--prompt", "a dog", "--output", str(output)]
     assert run(monkeypatch, "generate", *arguments, *SMALL, "--steps", "1") == 130
+    assert "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -176,3 +182,25 @@ def test_bench_model_refuses_unknown_architectures(
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.startswith("draftattn 0.")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--height", "72"], ["height is 72", "multiples of 16"]),
+        (["--frames", "0"], ["frames is 0"]),
+        (["--repeats", "0"], ["repeats is 0"]),
+        (["--backend", "hopper"], ["backend 'hopper'", "fp16 or bf16"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_bench_model_checks_before_it_builds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]
+) -> None:
+    import draftattn.eval.bench_model
+
+    monkeypatch.setattr(draftattn.eval.bench_model, "build_transformer", None)
+    assert run(monkeypatch, "bench", "model", "--model", "wan2.1-1.3b", "--dtype", "float32", *options) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message

@@ -237,3 +237,11 @@ class TestErrors:
     def test_a_block_size_no_kernel_serves_is_named(self, block_size: int) -> None:
         with pytest.raises(InputError, match=f"block_size is {block_size}"):
             block_layout(TokenGrid(4, 16, 16), block_size=block_size)
+
+
+def test_a_layout_cached_under_inference_mode_serves_autograd() -> None:
+    with torch.inference_mode():
+        layout = block_layout(TokenGrid(2, 4, 11), (1, 2, 3))
+    x = torch.randn(1, layout.num_tokens, 4, requires_grad=True)
+    layout.to_blocks(x, 1).sum().backward()
+    assert x.grad is not None

@@ -48,3 +48,25 @@ def test_unwritable_outputs_are_named(tmp_path: Path) -> None:
 def test_missing_folders_are_made(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b" / "video.mp4")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_truncated_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import draftattn.eval.video
+
+    class Truncating:
+        def __init__(self, path: Path, **options: object) -> None:
+            self.path = path
+
+        def __enter__(self) -> "Truncating":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            Path(self.path).write_bytes(b"\0" * 1000)
+
+        def append_data(self, frame: object) -> None:
+            pass
+
+    monkeypatch.setattr(draftattn.eval.video.imageio, "get_writer", Truncating)
+    with pytest.raises(InputError, match="could not be written whole"):
+        save_video(tmp_path / "video.mp4", torch.rand(3, 3, 32, 32), fps=8)
+    assert not list(tmp_path.iterdir())

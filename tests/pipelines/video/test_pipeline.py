@@ -106,7 +106,7 @@ class TestRefusedBeforeLoading:
         tiny.wan_pipeline().save_pretrained(tmp_path, safe_serialization=False)
         for path in tmp_path.rglob("*.safetensors"):
             path.unlink()
-        with pytest.raises(OSError, match="safetensors"):
+        with pytest.raises(InputError, match="safetensors"):
             DraftAttentionPipeline.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("name", ["missing", "./missing/model", "/missing/model", "a/b/c", "~/missing", ""])
