@@ -24,6 +24,9 @@ _WAN = {
     "rope_max_seq_len": 1024,
 }
 
+# Random queries and keys give nearly uniform attention, in which a wrong rotary table or mask hardly shows.
+_QUERY_GAIN = 8
+
 # Sizes as in the models' published configs.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "wan2.1-1.3b": (
@@ -84,9 +87,14 @@ def build_transformer(model: str, dtype: torch.dtype, device: torch.device, seed
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return getattr(diffusers, class_name)(**config).eval()
+            transformer: nn.Module = getattr(diffusers, class_name)(**config).eval()
     finally:
         torch.set_default_dtype(previous)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if name.endswith("norm_q.weight"):
+                parameter.mul_(_QUERY_GAIN)
+    return transformer
 
 
 def latent_shape(model: str, height: int, width: int, num_frames: int) -> tuple[int, int, int, int, int]:

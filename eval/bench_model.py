@@ -22,8 +22,8 @@ from draftattn.pipelines.video.enable import disable, enable
 # A forward that skips nothing may differ from dense by a few roundings of its dtype, relative to the output.
 GATE = {
     torch.float32: 1e-5,
-    torch.float16: 8 * torch.finfo(torch.float16).eps,
-    torch.bfloat16: 8 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 4 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
 }
 
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import imageio.v2 as imageio
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ def test_video_comes_back(tmp_path: Path, height: int, width: int) -> None:
     video = ramp.view(5, 1, 1, 1).expand(5, 3, height, width)
     path = tmp_path / "video.mp4"
     save_video(path, video, fps=8)
-    frames = torch.tensor(imageio.mimread(path)).float() / 255
+    frames = torch.from_numpy(np.stack(imageio.mimread(path))).float() / 255
     assert frames.shape == (5, height, width, 3)
     torch.testing.assert_close(frames.mean((1, 2, 3)), ramp, atol=0.02, rtol=0)
     assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
