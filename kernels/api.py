@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
+from draftattn.kernels import reference
 from draftattn.kernels.backends import BackendName, choose_backend
 from draftattn.kernels.block_mask import BlockMask
 
@@ -73,13 +75,15 @@ def block_sparse_attention(
         query: ``[B, S_q, H, D]``. Any strides with a contiguous last dimension; nothing is copied.
         key: ``[B, S_k, H_kv, D]``; ``H`` must be a multiple of ``H_kv`` (grouped-query attention).
         value: ``[B, S_k, H_kv, D]``.
-        block_mask: which key blocks each query block attends to.
+        block_mask: which key blocks each query block attends to, and which of their tokens.
         scale: factor of the scores, ``D ** -0.5`` if None.
-        causal: query ``i`` sees the keys ``j <= i + S_k - S_q`` only (the last query sees all keys). Of the skipped
-            blocks, the residual takes those that the query sees whole.
+        causal: query ``i`` sees the keys ``j <= i + S_k - S_q`` only (the last query sees all keys), or
+            ``j <= i + shift`` with the mask's ``query_shifts``. Of the skipped blocks, the residual takes those that
+            the query sees whole.
         residual: means of the key blocks, for skipped blocks to contribute through; None drops them.
         return_lse: also return the log-sum-exp of the scores (residual included), float32 ``[B, H, S_q]``.
-        backend: ``"auto"`` for the fastest that can serve, or ``"reference"``, ``"cpu"``, ``"triton"``, ``"hopper"``.
+        backend: ``"auto"`` for the fastest of our own that can serve, or one by name: ``"reference"``, ``"cpu"``,
+            ``"triton"``, ``"hopper"``, ``"flex"`` (torch FlexAttention), ``"fa4"`` (where flash-attn-4 is installed).
 
     Returns:
         The output ``[B, S_q, H, D]`` in the query's dtype, and the LSE if asked for.
@@ -98,23 +102,40 @@ def block_sparse_attention(
     """
     _validate(query, key, value, block_mask, residual)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = choose_backend(backend, query, key, value, residual)
-    match chosen:
-        case "hopper":
-            from draftattn.kernels.hopper import attention_forward
-        case "triton":
-            from draftattn.kernels.triton_forward import attention_forward
-        case "cpu":
-            from draftattn.kernels.cpu import attention_forward
-        case _:
-            from draftattn.kernels.reference import attention_forward
-    output, lse = attention_forward(
+    chosen = choose_backend(backend, query, key, value, residual, block_mask)
+    output, lse = _implementation(chosen)(
         query, key, value, block_mask, scale=scale, causal=causal, residual=residual, return_lse=return_lse
     )
     if return_lse:
         assert lse is not None
         return output, lse
     return output
+
+
+def _implementation(backend: BackendName) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    match backend:
+        case "hopper":
+            from draftattn.kernels import hopper
+
+            return hopper.attention_forward
+        case "triton":
+            from draftattn.kernels import triton_forward
+
+            return triton_forward.attention_forward
+        case "cpu":
+            from draftattn.kernels import cpu
+
+            return cpu.attention_forward
+        case "flex":
+            from draftattn.kernels import flex
+
+            return flex.attention_forward
+        case "fa4":
+            from draftattn.kernels import fa4
+
+            return fa4.attention_forward
+        case _:
+            return reference.attention_forward
 
 
 def _validate(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, residual: BlockMeans | None) -> None:
@@ -135,12 +156,16 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, 
     if block_mask.device != query.device:
         raise ValueError(f"block_mask is on {block_mask.device}, query on {query.device}")
     mask_batch, mask_heads = block_mask.kv_num_blocks.shape[:2]
-    if mask_batch not in (1, batch) or mask_heads not in (1, heads):
+    if mask_batch not in (1, batch) or mask_heads not in (1, key.shape[2], heads):
         raise ValueError(
-            f"block_mask is for batch {mask_batch} and {mask_heads} heads; query has {batch} and {heads} (or use 1)"
+            f"block_mask is for batch {mask_batch} and {mask_heads} heads; query has batch {batch} and {heads} heads, "
+            f"key {key.shape[2]} (or use 1)"
         )
-    if block_mask.key_offsets.ndim == 2 and block_mask.key_offsets.shape[0] != batch:
-        raise ValueError(f"key_offsets is for {block_mask.key_offsets.shape[0]} batch items; query has {batch}")
+    starts = None if block_mask.window is None else block_mask.window.starts
+    per_item = (("key_offsets", block_mask.key_offsets), ("query_shifts", block_mask.query_shifts), ("starts", starts))
+    for name, per_block in per_item:
+        if per_block is not None and per_block.ndim == 2 and per_block.shape[0] != batch:
+            raise ValueError(f"{name} is for {per_block.shape[0]} batch items; query has {batch}")
     if residual is not None:
         expected = (batch, block_mask.num_key_blocks, key.shape[2], head_dim)
         for name, means in (("key", residual.key), ("value", residual.value)):

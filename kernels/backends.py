@@ -11,16 +11,25 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-BackendName = Literal["auto", "reference", "cpu", "triton", "hopper"]
+from draftattn.kernels.block_mask import BlockMask
+
+BackendName = Literal["auto", "reference", "cpu", "triton", "hopper", "flex", "fa4"]
 
 TRITON_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def choose_backend(
-    backend: BackendName, query: Tensor, key: Tensor, value: Tensor, residual: tuple[Tensor, ...] | None = None
+    backend: BackendName,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: tuple[Tensor, ...] | None = None,
+    block_mask: BlockMask | None = None,
 ) -> BackendName:
-    """The backend that will serve these tensors: the one asked for, or with ``"auto"`` the fastest that can.
+    """The backend that will serve a call: the one asked for, or with ``"auto"`` the fastest that can.
+
+    Without ``block_mask`` the answer is for a plain one.
 
     Raises:
         ValueError: if the name is unknown, or the backend asked for cannot serve, with all the reasons.
@@ -31,19 +40,24 @@ def choose_backend(
         candidates: tuple[BackendName, ...] = ("hopper", "triton") if query.device.type == "cuda" else ("cpu",)
         reasons: list[str] = []
         for candidate in candidates:
-            refused = reasons_against(candidate, query, key, value, residual)
+            refused = reasons_against(candidate, query, key, value, residual, block_mask)
             if not refused:
                 return candidate
             reasons += [f"{candidate}: {reason}" for reason in refused]
         _warn_slow("; ".join(reasons))
         return "reference"
-    if reasons := reasons_against(backend, query, key, value, residual):
+    if reasons := reasons_against(backend, query, key, value, residual, block_mask):
         raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
     return backend
 
 
 def reasons_against(
-    backend: BackendName, query: Tensor, key: Tensor, value: Tensor, residual: tuple[Tensor, ...] | None = None
+    backend: BackendName,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residual: tuple[Tensor, ...] | None = None,
+    block_mask: BlockMask | None = None,
 ) -> list[str]:
     """Every reason why a backend cannot serve these tensors; empty if it can."""
     reasons: list[str] = []
@@ -60,6 +74,8 @@ def reasons_against(
         reasons += _reasons_of_gpu_kernels(query, key, value, residual)
     if backend == "hopper":
         reasons += reasons_against_hopper(query, key, value, residual)
+        if block_mask is not None and block_mask.window is not None:
+            reasons.append("it knows no sliding window")
     if backend == "cpu" and query.device.type != "cpu":
         reasons.append(f"tensors are on {query.device.type}, it needs the CPU")
     return reasons

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+
+class SlidingWindow(NamedTuple):
+    """A rule for single tokens inside chosen blocks: the last keys and the first ones (*sinks*) of a sequence.
+
+    A query at key position ``p`` sees the keys ``j > p - size`` and the first ``sink`` keys of its sequence; together
+    with ``causal`` that is a sliding window of ``size`` keys, its own among them. Source of the pair: StreamingLLM,
+    arXiv 2309.17453.
+
+    Args:
+        size: keys of the window, at least 1.
+        sink: leading keys that every query sees.
+        whole: bool, the shape of ``kv_indices``: entries that are exempt from the rule and computed whole, such as
+            blocks that a policy selected far from the window. None: the rule holds for every entry.
+        starts: int32 ``[Q]`` or ``[B, Q]``: the first key of each query block's sequence. None: the first key of the
+            first key block, past any left padding.
+    """
+
+    size: int
+    sink: int = 0
+    whole: Tensor | None = None
+    starts: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +49,13 @@ class BlockMask:
         query_offsets: int32 ``[Q + 1]``, block boundaries in the query sequence.
         key_offsets: int32 ``[K + 1]``, or ``[B, K + 1]`` where batch items hold different numbers of valid keys.
         block_size: the most tokens any block holds, at most 128.
+        query_block_size: the same for query blocks, where they are smaller; None: as ``block_size``.
+        query_shifts: int32 ``[Q]`` or ``[B, Q]``: the query at index ``i`` of a block stands at key position
+            ``i + shift``, for ``causal`` and windows. None: ``S_k - S_q``, so that the last query sees the last key.
+        window: a rule for single tokens of the chosen blocks, or None.
 
-    A dimension of 1 is shared by all batch items or heads. Heads are query heads.
+    A dimension of 1 is shared by all batch items or heads. Heads are query heads, or key heads where the query heads
+    of a group share one pattern.
 
     >>> offsets = torch.tensor([0, 100, 200, 230], dtype=torch.int32)
     >>> block_map = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool)
@@ -42,10 +69,14 @@ class BlockMask:
     query_offsets: Tensor
     key_offsets: Tensor
     block_size: int = 128
+    query_block_size: int | None = None
+    query_shifts: Tensor | None = None
+    window: SlidingWindow | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.block_size <= 128:
-            raise ValueError(f"block_size is {self.block_size}; a block holds 1 to 128 tokens")
+        for name, size in (("block_size", self.block_size), ("query_block_size", self.largest_query_block)):
+            if not 1 <= size <= 128:
+                raise ValueError(f"{name} is {size}; a block holds 1 to 128 tokens")
         if self.kv_indices.ndim != 4 or self.kv_num_blocks.shape != self.kv_indices.shape[:3]:
             raise ValueError(
                 "kv_num_blocks must be [B, H, Q] and kv_indices [B, H, Q, C]; got "
@@ -64,6 +95,35 @@ class BlockMask:
                 raise ValueError(f"{name} must be int32; got {tensor.dtype}")
             if tensor.device != self.device:
                 raise ValueError(f"{name} is on {tensor.device}, kv_indices on {self.device}")
+        starts = None if self.window is None else self.window.starts
+        for name, per_block in (("query_shifts", self.query_shifts), ("window.starts", starts)):
+            if per_block is None:
+                continue
+            if per_block.ndim not in (1, 2) or per_block.shape[-1] != self.num_query_blocks:
+                raise ValueError(
+                    f"{name} must be [Q] or [B, Q] with Q = {self.num_query_blocks}; got {list(per_block.shape)}"
+                )
+            if per_block.dtype != torch.int32 or per_block.device != self.device:
+                raise ValueError(f"{name} must be int32 on {self.device}; got {per_block.dtype} on {per_block.device}")
+        if self.window is not None:
+            self._check_window(self.window)
+
+    def _check_window(self, window: SlidingWindow) -> None:
+        if window.size < 1 or window.sink < 0:
+            raise ValueError(f"window has size {window.size} and sink {window.sink}; allowed are size >= 1, sink >= 0")
+        whole = window.whole
+        if whole is not None and (
+            whole.shape != self.kv_indices.shape or whole.dtype != torch.bool or whole.device != self.device
+        ):
+            raise ValueError(
+                f"window.whole must be bool {list(self.kv_indices.shape)} on {self.device}; got {whole.dtype} "
+                f"{list(whole.shape)} on {whole.device}"
+            )
+
+    @property
+    def largest_query_block(self) -> int:
+        """The most tokens any query block holds."""
+        return self.block_size if self.query_block_size is None else self.query_block_size
 
     @property
     def num_query_blocks(self) -> int:
@@ -83,15 +143,33 @@ class BlockMask:
     @cached_property
     def block_map(self) -> Tensor:
         """The same pattern as a boolean map ``[B | 1, H | 1, Q, K]``."""
-        columns = torch.arange(self.kv_indices.shape[-1], device=self.device)
-        # Unused entries go to a spare last column, so that they cannot unset a used id.
-        ids = torch.where(columns < self.kv_num_blocks[..., None], self.kv_indices, self.num_key_blocks)
+        return self._map_of(self._used)
+
+    @property
+    def whole_map(self) -> Tensor:
+        """The chosen blocks that a window's rule does not thin out, as a boolean map like ``block_map``."""
+        if self.window is None:
+            return self.block_map
+        if self.window.whole is None:
+            return torch.zeros_like(self.block_map)
+        return self._map_of(self._used & self.window.whole)
+
+    @property
+    def _used(self) -> Tensor:
+        return torch.arange(self.kv_indices.shape[-1], device=self.device) < self.kv_num_blocks[..., None]
+
+    def _map_of(self, entries: Tensor) -> Tensor:
+        # Other entries go to a spare last column, so that they cannot unset a used id.
+        ids = torch.where(entries, self.kv_indices, self.num_key_blocks)
         block_map = torch.zeros(*ids.shape[:3], self.num_key_blocks + 1, dtype=torch.bool, device=self.device)
         return block_map.scatter_(-1, ids.long(), True)[..., :-1].contiguous()
 
     @property
     def density(self) -> Tensor:
-        """Share of all query-key scores that is computed, a float32 scalar on the mask's device (no host sync)."""
+        """Share of all query-key scores in chosen blocks, a float32 scalar on the mask's device (no host sync).
+
+        What ``causal`` and a window hide inside chosen blocks counts as computed.
+        """
         query_lengths = self.query_offsets.diff().float()
         key_lengths = self.key_offsets.diff(dim=-1).float()
         if key_lengths.ndim == 1:
@@ -113,6 +191,9 @@ class BlockMask:
         key_offsets: Tensor,
         block_size: int = 128,
         max_blocks_per_row: int | None = None,
+        *,
+        query_block_size: int | None = None,
+        query_shifts: Tensor | None = None,
     ) -> BlockMask:
         """Builds the index lists of a boolean map on its device, without a host sync.
 
@@ -123,6 +204,8 @@ class BlockMask:
             block_size: the most tokens any block holds.
             max_blocks_per_row: an upper bound on the true entries of a row, where the caller knows one: the lists
                 are then only that long. A row with more keeps its first ones.
+            query_block_size: the most tokens any query block holds, if fewer than ``block_size``.
+            query_shifts: see `BlockMask`.
         """
         if block_map.ndim != 4 or block_map.dtype != torch.bool:
             raise ValueError(f"block_map must be bool [B, H, Q, K]; got {block_map.dtype} {list(block_map.shape)}")
@@ -144,10 +227,28 @@ class BlockMask:
             query_offsets=query_offsets,
             key_offsets=key_offsets,
             block_size=block_size,
+            query_block_size=query_block_size,
+            query_shifts=query_shifts,
         )
         if capacity >= num_key_blocks:
             mask.__dict__["block_map"] = block_map  # spares the cached property its scatter
         return mask
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask on another device."""
+        window = self.window
+        if window is not None:
+            whole, starts = (None if x is None else x.to(device) for x in (window.whole, window.starts))
+            window = window._replace(whole=whole, starts=starts)
+        return replace(
+            self,
+            kv_num_blocks=self.kv_num_blocks.to(device),
+            kv_indices=self.kv_indices.to(device),
+            query_offsets=self.query_offsets.to(device),
+            key_offsets=self.key_offsets.to(device),
+            query_shifts=None if self.query_shifts is None else self.query_shifts.to(device),
+            window=window,
+        )
 
     def to_dense(self, batch_index: int = 0) -> Tensor:
         """The token-level boolean mask ``[H | 1, S_q, S_k]`` of one batch item. For tests and pictures: it is S×S.
@@ -170,6 +271,12 @@ class BlockMask:
 
         if self.key_offsets.ndim == 2:
             raise ValueError("torch's BlockMask cannot hold key offsets per batch item")
+        if self.window is not None or self.query_shifts is not None:
+            raise ValueError("torch's BlockMask of full blocks cannot hold a window or query_shifts")
+        if self.largest_query_block != self.block_size:
+            raise ValueError(
+                f"query blocks hold {self.largest_query_block} and key blocks {self.block_size} tokens; they must agree"
+            )
         for name, offsets in (("query", self.query_offsets), ("key", self.key_offsets)):
             if bool((offsets.diff()[:-1] != self.block_size).any()):
                 raise ValueError(

@@ -42,24 +42,38 @@ def attention_forward(
     outside = (key_block == block_mask.num_key_blocks)[:, None, :, None]
     keys, values = (per_query_head(x).masked_fill(outside, 0.0) for x in (key, value))
 
-    # A spare last row and column, never allowed, stand for tokens outside every block.
-    block_map = torch.nn.functional.pad(block_mask.block_map, (0, 1, 0, 1)).expand(batch, heads, -1, -1)
-    item = torch.arange(batch, device=query.device)[:, None, None, None]
-    head = torch.arange(heads, device=query.device)[None, :, None, None]
-    allowed = block_map[item, head, query_block[:, None, :, None], key_block[:, None, None, :]]
+    def of_queries(block_map: Tensor) -> Tensor:
+        """The row of the block map that each query is in, ``[B, H, S_q, K + 1]``."""
+        # A spare last row and column, never allowed, stand for tokens outside every block.
+        block_map = torch.nn.functional.pad(block_map, (0, 1, 0, 1))
+        block_map = block_map.repeat_interleave(heads // block_map.shape[1], dim=1).expand(batch, -1, -1, -1)
+        return block_map.gather(2, query_block[:, None, :, None].expand(-1, heads, -1, block_map.shape[-1]))
 
-    # bottom-right alignment: the last query sees every key
-    last_visible = torch.arange(query_length, device=query.device) + key_length - query_length
+    # [B, H, S_q, S_k], the block of each key
+    column = key_block[:, None, None].expand(-1, heads, query_length, -1)
+    chosen = of_queries(block_mask.block_map)
+    allowed = chosen.gather(-1, column)
+
+    # [B, 1, S_q, 1], where queries stand among the keys
+    position = _position_of_query(block_mask, query_block, key_length - query_length)[:, None, :, None]
+    key_index = torch.arange(key_length, device=query.device)
     if causal:
-        allowed = allowed & (torch.arange(key_length, device=query.device) <= last_visible[:, None])
+        allowed = allowed & (key_index <= position)
+    if block_mask.window is not None:
+        window = block_mask.window
+        whole = of_queries(block_mask.whole_map).gather(-1, column)
+        starts = block_mask.key_offsets[..., :1] if window.starts is None else window.starts
+        starts = _of_block(starts.expand(*starts.shape[:-1], block_mask.num_query_blocks), query_block)
+        sinks = key_index < starts[:, None, :, None] + window.sink
+        allowed = allowed & (whole | sinks | (key_index > position - window.size))
     bias = torch.zeros(allowed.shape, dtype=dtype, device=query.device).masked_fill(~allowed, -torch.inf)
 
     if residual is not None:
         offsets = torch.atleast_2d(block_mask.key_offsets).expand(batch, -1)
-        skipped = ~block_map[item, head, query_block[:, None, :, None], :][..., 0, :-1]
+        skipped = ~chosen[..., :-1]
         skipped &= (query_block < block_mask.num_query_blocks)[:, None, :, None]
         if causal:
-            skipped = skipped & (offsets[:, None, None, 1:] <= last_visible[:, None] + 1)
+            skipped = skipped & (offsets[:, None, None, 1:] <= position + 1)
         log_count = offsets.diff(dim=-1).to(dtype).log()[:, None, None, :]
         mean_bias = torch.where(skipped, log_count, -torch.inf)
         keys = torch.cat([keys, per_query_head(residual.key)], dim=2)
@@ -80,3 +94,17 @@ def _block_of_token(offsets: Tensor, length: int) -> Tensor:
     token = torch.arange(length, device=offsets.device, dtype=offsets.dtype).expand(offsets.shape[0], -1)
     block = torch.searchsorted(offsets.contiguous(), token.contiguous(), right=True) - 1
     return torch.where(block < 0, offsets.shape[1] - 1, block)
+
+
+def _of_block(per_block: Tensor, block: Tensor) -> Tensor:
+    """Values ``[Q]`` or ``[B, Q]`` of the blocks ``[B, S]`` that tokens are in; 0 for tokens outside every block."""
+    per_block = torch.nn.functional.pad(torch.atleast_2d(per_block), (0, 1)).expand(block.shape[0], -1)
+    return per_block.gather(-1, block)
+
+
+def _position_of_query(block_mask: BlockMask, query_block: Tensor, default_shift: int) -> Tensor:
+    """Where each query stands among the keys, ``[B, S_q]``."""
+    index = torch.arange(query_block.shape[1], device=query_block.device)
+    if block_mask.query_shifts is None:
+        return (index + default_shift).expand(query_block.shape)
+    return index + _of_block(block_mask.query_shifts, query_block)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftattn.kernels.api import BlockMeans, block_sparse_attention
-from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.block_mask import BlockMask, SlidingWindow
 from draftattn.kernels.pooling import pool_blocks_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,6 +42,12 @@ class Spec:
     uncovered: tuple[int, int] = (0, 0)  # tokens before the first and after the last block
     empty_row: bool = True
     scale: float | None = None
+    query_block_size: int | None = None
+    shifts: str = ""  # query_shifts per "block", or per batch "item" and block
+    window: int | None = None
+    sink: int = 0
+    whole: bool = False  # some chosen blocks are exempt from the window
+    starts: bool = False  # every query block has a sequence start of its own
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,23 @@ class Case:
         )
         return result if isinstance(result, tuple) else (result, None)
 
+    def shift_of(self, item: int, block: int) -> int:
+        """What turns a query's index into its position among the keys."""
+        shifts = self.mask.query_shifts
+        if shifts is None:
+            return self.key.shape[1] - self.query.shape[1]
+        return int(torch.atleast_2d(shifts)[item if shifts.ndim == 2 else 0, block])
+
+    def start_of(self, item: int, block: int) -> int:
+        """The first key of a query block's sequence."""
+        starts = self.mask.key_offsets[..., :1] if self.mask.window.starts is None else self.mask.window.starts
+        row = torch.atleast_2d(starts)[item if starts.ndim == 2 else 0]
+        return int(row[block if len(row) > 1 else 0])
+
     def to(self, dtype: torch.dtype, device: str) -> Case:
         """The same numbers elsewhere."""
         move = dict(device=device, dtype=dtype)
-        mask = BlockMask(
-            *(
-                getattr(self.mask, name).to(device)
-                for name in ("kv_num_blocks", "kv_indices", "query_offsets", "key_offsets")
-            ),
-            block_size=self.mask.block_size,
-        )
+        mask = self.mask.to(device)
         residual = None if self.residual is None else BlockMeans(*(x.to(**move) for x in self.residual))
         return Case(self.spec, self.query.to(**move), self.key.to(**move), self.value.to(**move), mask, residual)
 
@@ -107,6 +120,47 @@ SPECS = [
     Spec("zero-scale", ODD, scale=0.0, lse=True),
     ALL,
     replace(ALL, name="all-fp16", dtype=torch.float16),
+    Spec("mask-per-key-head", RAGGED, batch=2, heads=4, kv_heads=2, mask_heads=2, lse=True, residual=True),
+    Spec("shifts", (32, 31), RAGGED, batch=2, causal=True, shifts="block", lse=True, density=2.0, residual=True),
+    Spec("shifts-per-item", (32, 31), RAGGED, batch=2, causal=True, shifts="item", lse=True, density=2.0),
+    Spec("window", RAGGED, causal=True, window=40, lse=True, density=2.0, heads=4),
+    Spec("window-not-causal", RAGGED, window=40, density=2.0),
+    Spec("window-sink", RAGGED, causal=True, window=33, sink=5, lse=True, density=2.0, batch=2, uncovered=(3, 9)),
+    Spec("window-sink-whole", RAGGED, causal=True, window=9, sink=40, whole=True, lse=True, density=1.0, mask_heads=2),
+    Spec("window-starts-shifts", RAGGED, causal=True, window=20, sink=4, starts=True, shifts="item", batch=2, lse=True),
+    Spec("window-residual", RAGGED, causal=True, window=20, sink=4, residual=True, density=0.4, whole=True, lse=True),
+    Spec(
+        "small-query-blocks",
+        (1, 3, 4, 4, 0, 4),
+        RAGGED,
+        query_block_size=4,
+        heads=6,
+        kv_heads=2,
+        mask_heads=2,
+        causal=True,
+        lse=True,
+        density=1.0,
+        shifts="block",
+    ),
+    Spec(
+        "decode", (1,), RAGGED, query_block_size=1, batch=2, heads=4, kv_heads=1, density=2.0, empty_row=False, lse=True
+    ),
+    Spec(
+        "decode-window",
+        (1,),
+        RAGGED,
+        query_block_size=1,
+        batch=2,
+        heads=4,
+        causal=True,
+        density=2.0,
+        empty_row=False,
+        lse=True,
+        key_offsets_per_item=True,
+        window=90,
+        sink=4,
+        dtype=torch.float16,
+    ),
     Spec("bf16", RAGGED, dtype=torch.bfloat16, heads=4),
     Spec("fp16", RAGGED, dtype=torch.float16, lse=True),
     Spec("head-dim-16", ODD, head_dim=16),
@@ -155,7 +209,21 @@ def make_case(spec: Spec, device: str = DEVICE) -> Case:
     query = tokens(query_length, spec.heads, query_offsets)
     key, value = (tokens(key_length, spec.kv_heads, key_offsets) for _ in range(2))
     query_offsets, key_offsets = query_offsets.to(device), key_offsets.to(device)
-    mask = BlockMask.from_block_map(block_map.to(device), query_offsets, key_offsets, spec.block_size)
+    mask = BlockMask.from_block_map(
+        block_map.to(device), query_offsets, key_offsets, spec.block_size, query_block_size=spec.query_block_size
+    )
+    blocks = len(spec.query_blocks)
+    if spec.shifts:
+        shape = (blocks,) if spec.shifts == "block" else (spec.batch, blocks)
+        shifts = key_length - query_length - torch.randint(-20, 20, shape, generator=generator).int()
+        mask = replace(mask, query_shifts=shifts.to(device))
+    if spec.window is not None:
+        whole = starts = None
+        if spec.whole:
+            whole = (torch.rand(mask.kv_indices.shape, generator=generator) < 0.5).to(device)
+        if spec.starts:
+            starts = torch.randint(before, key_length // 2, (blocks,), generator=generator).int().to(device)
+        mask = replace(mask, window=SlidingWindow(spec.window, spec.sink, whole, starts))
     residual = None
     if spec.residual:
         residual = BlockMeans(*(pool_blocks_reference(x, key_offsets).to(spec.dtype) for x in (key, value)))
@@ -172,17 +240,25 @@ def torch_attention(case: Case, reference_lse: Tensor) -> Tensor:
     batch, heads, query_length, _ = query.shape
     bias = torch.full((batch, heads, query_length, key.shape[2]), -torch.inf)
     mean_bias = torch.full((batch, heads, query_length, case.mask.num_key_blocks), -torch.inf)
-    visible = torch.arange(query_length)[:, None] + key.shape[2] - query_length
-    block_map = case.mask.block_map.expand(batch, heads, -1, -1)
+    block_map, whole_map = (
+        x.repeat_interleave(heads // x.shape[1], 1).expand(batch, heads, -1, -1)
+        for x in (case.mask.block_map, case.mask.whole_map)
+    )
     for item in range(batch):
         key_offsets = torch.atleast_2d(case.mask.key_offsets)[item if case.mask.key_offsets.ndim == 2 else 0].tolist()
         for i, (q0, q1) in enumerate(pairwise(case.mask.query_offsets.tolist())):
+            position = torch.arange(q0, q1)[:, None] + case.shift_of(item, i)
             for j, (k0, k1) in enumerate(pairwise(key_offsets)):
+                columns = torch.arange(k0, k1)
                 chosen = block_map[item, :, i, j, None, None]
-                seen = (torch.arange(k0, k1) <= visible[q0:q1]) | (not case.spec.causal)
+                seen = (columns <= position) | (not case.spec.causal)
+                if case.spec.window is not None:
+                    near = columns > position - case.spec.window
+                    sink = columns < case.start_of(item, i) + case.spec.sink
+                    seen = seen & (near | sink | whole_map[item, :, i, j, None, None])
                 bias[item, :, q0:q1, k0:k1] = torch.where(chosen & seen, 0.0, -torch.inf)
                 if k1 > k0:
-                    whole = (k1 <= visible[q0:q1, 0] + 1) | (not case.spec.causal)
+                    whole = (k1 <= position[:, 0] + 1) | (not case.spec.causal)
                     log_count = torch.tensor(float(k1 - k0)).log()
                     mean_bias[item, :, q0:q1, j] = torch.where(~chosen[..., 0] & whole, log_count, -torch.inf)
     if case.residual is not None:

@@ -32,7 +32,7 @@ def mask_of(batch, heads):
         (dict(key=tensors(batch=2), value=tensors(batch=2)), "differ in batch or head_dim"),
         (dict(key=tensors(head_dim=8), value=tensors(head_dim=8)), "differ in batch or head_dim"),
         (dict(key=tensors(heads=3), value=tensors(heads=3)), "2 query heads cannot share 3 key heads evenly"),
-        (dict(block_mask=mask_of(3, 1)), "block_mask is for batch 3 and 1 heads; query has 1 and 2"),
+        (dict(block_mask=mask_of(3, 1)), "block_mask is for batch 3 and 1 heads; query has batch 1 and 2 heads"),
         (dict(block_mask=mask_of(1, 3)), "block_mask is for batch 1 and 3 heads"),
         (
             dict(block_mask=BlockMask(MASK.kv_num_blocks, MASK.kv_indices, OFFSETS, OFFSETS.expand(2, 3), 16)),

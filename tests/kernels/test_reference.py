@@ -19,11 +19,28 @@ def literal_attention(case):
         key_offsets = (mask.key_offsets[b] if mask.key_offsets.ndim == 2 else mask.key_offsets).tolist()
         for h in range(heads):
             for i in range(mask.num_query_blocks):
-                mask_index = (min(b, mask.kv_num_blocks.shape[0] - 1), min(h, mask.kv_num_blocks.shape[1] - 1), i)
+                mask_head = h * mask.kv_num_blocks.shape[1] // heads
+                mask_index = (min(b, mask.kv_num_blocks.shape[0] - 1), mask_head, i)
                 chosen = mask.kv_indices[mask_index][: mask.kv_num_blocks[mask_index]].tolist()
+                whole = chosen
+                if mask.window is not None:
+                    flags = mask.window.whole
+                    whole = [] if flags is None else [n for n, f in zip(chosen, flags[mask_index], strict=False) if f]
                 for row in range(boundaries[i], boundaries[i + 1]):
-                    last = row + key_length - query_length if spec.causal else key_length
-                    columns = [j for n in chosen for j in range(key_offsets[n], key_offsets[n + 1]) if j <= last]
+                    position = row + case.shift_of(b, i)
+                    last = position if spec.causal else key_length
+                    columns = [
+                        j
+                        for n in chosen
+                        for j in range(key_offsets[n], key_offsets[n + 1])
+                        if j <= last
+                        and (
+                            mask.window is None
+                            or n in whole
+                            or j > position - spec.window
+                            or j < case.start_of(b, i) + spec.sink
+                        )
+                    ]
                     keys, values = key[b, columns, h // group], value[b, columns, h // group]
                     scores = keys @ query[b, row, h] * scale
                     if case.residual is not None:
