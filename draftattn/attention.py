@@ -7,7 +7,7 @@ from torch import Tensor
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
 from draftattn.inputs import AttentionInputs
-from draftattn.kernels.api import BlockMeans, block_sparse_attention
+from draftattn.kernels.api import block_sparse_attention
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.layout import BlockLayout
 from draftattn.policy import CallContext, DraftPolicy
@@ -62,10 +62,7 @@ def draft_attention(
 
 def attend(inputs: AttentionInputs, mask: BlockMask, config: DraftConfig, *, scale: float | None = None) -> Tensor:
     """Runs the kernel of ``config.backend`` over a mask, with the residual if the config asks for it."""
-    residual = None
-    if config.residual:
-        dtype = inputs.query.dtype
-        residual = BlockMeans(inputs.mean_key.to(dtype), inputs.mean_value.to(dtype))
+    residual = inputs.block_means if config.residual else None
     return block_sparse_attention(
         inputs.query, inputs.key, inputs.value, mask, scale=scale, residual=residual, backend=config.backend
     )

@@ -7,6 +7,30 @@ from einops import rearrange
 from torch import Tensor
 
 from draftattn.inputs import AttentionInputs
+from draftattn.layout import BlockLayout
+
+
+def draft_scores(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
+    r"""Scores :math:`\bar Q \bar K^\top / \sqrt D` between the mean queries and mean keys of the video blocks.
+
+    Args:
+        inputs: the attention call.
+        scale: factor of the scores, ``D ** -0.5`` if None.
+
+    Returns:
+        float32 ``[B, H, V, V]`` with ``V`` the number of video blocks.
+    """
+    video_blocks = inputs.layout.num_video_blocks
+    query, key = inputs.mean_query[:, :video_blocks], inputs.mean_key[:, :video_blocks]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = rearrange(query * scale, "b q (h group) d -> b h group q d", h=key.shape[2])
+    scores = query @ rearrange(key, "b k h d -> b h 1 d k")
+    return rearrange(scores, "b h group q k -> b (h group) q k")
+
+
+def log_block_sizes(layout: BlockLayout) -> Tensor:
+    """Log of the tokens of each video block, float32 ``[V]``: what a key block's score gains by its size."""
+    return layout.offsets[: layout.num_video_blocks + 1].diff().float().log()
 
 
 def draft_map(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
@@ -24,10 +48,4 @@ def draft_map(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
     Returns:
         float32 ``[B, H, V, V]`` with ``V`` the number of video blocks; rows sum to 1.
     """
-    video_blocks = inputs.layout.num_video_blocks
-    query, key = inputs.mean_query[:, :video_blocks], inputs.mean_key[:, :video_blocks]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = rearrange(query * scale, "b q (h group) d -> b h group q d", h=key.shape[2])
-    scores = rearrange(query @ rearrange(key, "b k h d -> b h 1 d k"), "b h group q k -> b (h group) q k")
-    log_count = inputs.layout.offsets[: video_blocks + 1].diff().to(scores.dtype).log()
-    return torch.softmax(scores + log_count, dim=-1)
+    return torch.softmax(draft_scores(inputs, scale) + log_block_sizes(inputs.layout), dim=-1)

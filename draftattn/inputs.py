@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
-from draftattn.kernels.pooling import pool_blocks
+from draftattn.kernels.api import BlockMeans
+from draftattn.kernels.pooling import PooledBlocks, PoolRequest, pool_together
 from draftattn.layout import BlockLayout
+
+Pooled = Literal["query", "key", "value"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,8 @@ class AttentionInputs:
         layout: the blocks of the sequence.
         text_lengths: ``[B]`` valid text tokens per item, or None where all are valid.
 
-    The means are pooled once and shared by the policy and the residual.
+    The means are pooled once and shared by the policy and the residual. Whoever knows what will be needed says so to
+    `pool`, for on a GPU tensors that are pooled together take one launch.
     """
 
     query: Tensor
@@ -30,23 +34,57 @@ class AttentionInputs:
     value: Tensor
     layout: BlockLayout
     text_lengths: Tensor | None = None
+    _key_offsets: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    _pooled: dict[str, PooledBlocks] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
+    @property
     def key_offsets(self) -> Tensor:
         """Boundaries of the key blocks, per item where text lengths differ: ``[N + 1]`` or ``[B, N + 1]``."""
-        return self.layout.key_offsets(self.text_lengths)
+        if not self._key_offsets:
+            self._key_offsets.append(self.layout.key_offsets(self.text_lengths))
+        return self._key_offsets[0]
 
-    @cached_property
+    @property
     def mean_query(self) -> Tensor:
         """float32 ``[B, N, H, D]``."""
-        return pool_blocks(self.query, self.layout.offsets, self.layout.block_size)
+        self.pool("query", "key")
+        return self._pooled["query"].mean
 
-    @cached_property
+    @property
     def mean_key(self) -> Tensor:
         """float32 ``[B, N, H_kv, D]``."""
-        return pool_blocks(self.key, self.key_offsets, self.layout.block_size)
+        self.pool("key")
+        return self._pooled["key"].mean
 
-    @cached_property
+    @property
     def mean_value(self) -> Tensor:
         """float32 ``[B, N, H_kv, D]``."""
-        return pool_blocks(self.value, self.key_offsets, self.layout.block_size)
+        self.pool("value")
+        return self._pooled["value"].mean
+
+    @property
+    def block_means(self) -> BlockMeans:
+        """Mean keys and values in the dtype of the tensors, which the residual takes."""
+        self.pool("key", "value")
+        key, value = (self._pooled[name].rounded for name in ("key", "value"))
+        assert value is not None
+        return BlockMeans(self.mean_key.to(value.dtype) if key is None else key, value)
+
+    def pool(self, *names: Pooled) -> None:
+        """Pools what is named and not yet pooled, all together.
+
+        Values are pooled for the residual, so that keys pooled with them are made in its dtype too.
+        """
+        missing = [name for name in names if name not in self._pooled]
+        if not missing:
+            return
+        for_residual = {"query": False, "key": "value" in missing, "value": True}
+        requests = [
+            PoolRequest(
+                getattr(self, name),
+                self.layout.offsets if name == "query" else self.key_offsets,
+                rounded=for_residual[name],
+            )
+            for name in missing
+        ]
+        self._pooled.update(zip(missing, pool_together(requests, self.layout.block_size), strict=True))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from draftattn.config import DraftConfig
-from draftattn.draft import draft_map
+from draftattn.draft import draft_map, draft_scores, log_block_sizes
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
-from draftattn.selection import blocks_kept_per_row, select_per_head, select_per_row
+from draftattn.kernels.selection import BlockSelection, select_from_rank, select_largest
+from draftattn.selection import blocks_kept_per_row, entries_dropped_per_head
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class DraftPolicy:
     """DraftAttention (arXiv 2505.14708): keep the block pairs that matter in the draft map. Text stays dense.
 
     Args:
-        config: ``sparsity`` and ``selection`` are used.
+        config: ``sparsity`` and ``selection`` are used, and ``residual`` to pool the values along with the rest.
     """
 
     config: DraftConfig
@@ -52,16 +51,25 @@ class DraftPolicy:
     def __call__(self, inputs: AttentionInputs, context: CallContext, scale: float | None = None) -> BlockMask:
         """See `MaskPolicy`."""
         del context  # the draft is made anew in every call
-        layout = inputs.layout
-        draft = draft_map(inputs, scale)
-        video_blocks, num_text_blocks = layout.num_video_blocks, layout.num_blocks - layout.num_video_blocks
-        max_per_row: int | None = None
+        layout, sparsity = inputs.layout, self.config.sparsity
+        if self.config.residual:
+            inputs.pool("query", "key", "value")
+        num_text_blocks = layout.num_blocks - layout.num_video_blocks
+        selection: BlockSelection
         if self.config.selection == "row":
-            selected = select_per_row(draft, self.config.sparsity)
-            if num_text_blocks == 0:
-                max_per_row = blocks_kept_per_row(video_blocks, self.config.sparsity)
+            # softmax keeps the order of a row
+            selection = select_largest(
+                draft_scores(inputs, scale),
+                blocks_kept_per_row(layout.num_video_blocks, sparsity),
+                bias=log_block_sizes(layout),
+                keep_diagonal=True,
+                dense_tail=num_text_blocks,
+            )
         else:
-            selected = select_per_head(draft, self.config.sparsity)
-        if num_text_blocks:
-            selected = torch.nn.functional.pad(selected, (0, num_text_blocks, 0, num_text_blocks), value=True)
-        return BlockMask.from_block_map(selected, layout.offsets, inputs.key_offsets, layout.block_size, max_per_row)
+            rank = entries_dropped_per_head(layout.num_video_blocks, sparsity)
+            selection = select_from_rank(draft_map(inputs, scale), rank, dense_tail=num_text_blocks)
+        mask = BlockMask(
+            selection.kv_num_blocks, selection.kv_indices, layout.offsets, inputs.key_offsets, layout.block_size
+        )
+        mask.__dict__["block_map"] = selection.block_map  # spares the cached property its scatter
+        return mask

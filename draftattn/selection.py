@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+
+from draftattn.kernels.selection import select_from_rank, select_largest
 
 
 def blocks_kept_per_row(num_blocks: int, sparsity: float) -> int:
@@ -21,7 +22,7 @@ def blocks_kept_per_row(num_blocks: int, sparsity: float) -> int:
 
 
 def select_per_row(draft: Tensor, sparsity: float) -> Tensor:
-    """Keeps the largest entries of every row, its own block always among them.
+    """Keeps the largest entries of every row, its own block always among them; of equal entries the first.
 
     Args:
         draft: ``[B, H, V, V]``.
@@ -30,13 +31,20 @@ def select_per_row(draft: Tensor, sparsity: float) -> Tensor:
     Returns:
         bool ``[B, H, V, V]`` with exactly `blocks_kept_per_row` entries in each row.
 
+    >>> import torch
     >>> select_per_row(torch.tensor([[[[0.1, 0.7, 0.2], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5]]]]), 0.5).int()[0, 0].tolist()
     [[1, 1, 0], [1, 1, 0], [0, 1, 1]]
     """
-    kept = blocks_kept_per_row(draft.shape[-1], sparsity)
-    forced = draft.clone()
-    forced.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-    return torch.zeros_like(draft, dtype=torch.bool).scatter_(-1, forced.topk(kept, sorted=False).indices, True)
+    return select_largest(draft, blocks_kept_per_row(draft.shape[-1], sparsity), keep_diagonal=True).block_map
+
+
+def entries_dropped_per_head(num_blocks: int, sparsity: float) -> int:
+    """Rank of the threshold of per-head selection among the entries of a head: ``floor(sparsity · V²)``.
+
+    >>> entries_dropped_per_head(36, 0.75), entries_dropped_per_head(3, 0.1)
+    (972, 0)
+    """
+    return int(sparsity * (num_blocks * num_blocks))
 
 
 def select_per_head(draft: Tensor, sparsity: float) -> Tensor:
@@ -53,11 +61,4 @@ def select_per_head(draft: Tensor, sparsity: float) -> Tensor:
     Returns:
         bool ``[B, H, V, V]``; no row is empty.
     """
-    flat = draft.flatten(-2)
-    num_dropped = int(sparsity * flat.shape[-1])
-    if num_dropped == 0:
-        return torch.ones_like(draft, dtype=torch.bool)
-    threshold = flat.kthvalue(num_dropped, dim=-1).values[..., None, None]
-    largest = draft == draft.amax(-1, keepdim=True)
-    keeps_none = (draft < threshold).all(-1, keepdim=True)
-    return (draft >= threshold) | (largest & keeps_none)
+    return select_from_rank(draft, entries_dropped_per_head(draft.shape[-1], sparsity)).block_map

@@ -11,6 +11,7 @@ import torch
 
 from draftattn.config import DraftConfig
 from draftattn.eval.environment import device_name, package_versions
+from draftattn.eval.frames import to_bytes
 from draftattn.eval.generation import Generation
 from draftattn.eval.metrics import score_video
 from draftattn.files import written_whole
@@ -27,7 +28,7 @@ def compare(
 ) -> dict[str, Any]:
     """Time, density and quality of a draft video against the dense video of the same prompt and seed.
 
-    Quality is measured on the decoded frames before encoding. A draft step is one after the warm-up.
+    Quality is measured on the decoded frames in 8 bits, before encoding. A draft step is one after the warm-up.
 
     Args:
         dense: the dense generation.
@@ -41,6 +42,7 @@ def compare(
         A dictionary that JSON can hold.
     """
     warmup = config.num_warmup_steps(len(draft.step_seconds))
+    scores = score_video(to_bytes(draft.video), to_bytes(dense.video), device=device)
     dense_step, draft_step = dense.median_step(), draft.median_step(warmup)
     return {
         "settings": {**settings, "draft": dataclasses.asdict(config)},
@@ -53,7 +55,7 @@ def compare(
             "mask_seconds": round(stats.mask_seconds, 4),
         },
         "speedup": {"step": round(dense_step / draft_step, 3), "run": round(dense.seconds / draft.seconds, 3)},
-        "quality": {name: scores.to_json() for name, scores in score_video(draft.video, dense.video).items()},
+        "quality": {name: score.to_json() for name, score in scores.items()},
         "device": device_name(device),
         "versions": package_versions(),
     }

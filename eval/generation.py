@@ -39,6 +39,7 @@ def generate(
     pipeline: Any,
     *,
     seed: int,
+    on_step: Callable[[], None] | None = None,
     on_decode: Callable[[], None] | None = None,
     **arguments: Any,
 ) -> Generation:
@@ -47,6 +48,7 @@ def generate(
     Args:
         pipeline: any pipeline with ``callback_on_step_end`` whose output has ``frames``.
         seed: seed of a CPU generator, so that every device starts from the same noise.
+        on_step: called after every denoising step.
         on_decode: called when the last step is done and decoding begins.
         **arguments: what the pipeline's call takes (one prompt).
     """
@@ -66,6 +68,8 @@ def generate(
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         del timestep
         marks.append(now())
+        if on_step is not None:
+            on_step()
         if on_decode is not None and step == pipe.num_timesteps - 1:
             on_decode()
         return tensors

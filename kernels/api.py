@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
-from draftattn.kernels import reference
+from draftattn.kernels import operators, reference
 from draftattn.kernels.backends import BackendName, choose_backend
 from draftattn.kernels.block_mask import BlockMask
 
@@ -102,8 +104,12 @@ def block_sparse_attention(
     """
     _validate(query, key, value, block_mask, residual)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = choose_backend(backend, query, key, value, residual, block_mask)
-    output, lse = _implementation(chosen)(
+    compiling = torch.compiler.is_compiling()  # then the operator chooses, when it runs
+    chosen = backend if compiling else choose_backend(backend, query, key, value, residual, block_mask)
+    run = _implementation(chosen)
+    if operators.needs_operator(chosen, (query, key, value, *(residual or ()))):
+        run = functools.partial(operators.attention, backend=chosen)
+    output, lse = run(
         query, key, value, block_mask, scale=scale, causal=causal, residual=residual, return_lse=return_lse
     )
     if return_lse:

@@ -38,6 +38,8 @@ def choose_backend(
         raise ValueError(f"backend is {backend!r}; choose from {', '.join(get_args(BackendName))}")
     if backend == "auto":
         candidates: tuple[BackendName, ...] = ("hopper", "triton") if query.device.type == "cuda" else ("cpu",)
+        if "triton" in candidates and block_mask is not None and _has_few_queries(query, key, block_mask):
+            candidates = ("triton", "hopper")
         reasons: list[str] = []
         for candidate in candidates:
             refused = reasons_against(candidate, query, key, value, residual, block_mask)
@@ -49,6 +51,15 @@ def choose_backend(
     if reasons := reasons_against(backend, query, key, value, residual, block_mask):
         raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
     return backend
+
+
+def _has_few_queries(query: Tensor, key: Tensor, block_mask: BlockMask) -> bool:
+    """Whether Triton's kernel for few queries, which splits the keys, is the fastest."""
+    if triton_version() is None:
+        return False
+    from draftattn.kernels import triton_decode
+
+    return triton_decode.serves(query, key, block_mask)
 
 
 def reasons_against(
@@ -71,11 +82,19 @@ def reasons_against(
             reasons.append("Triton's interpreter gets bf16 products wrong")
         if query.shape[-1] not in TRITON_HEAD_DIMS:
             reasons.append(f"head_dim {query.shape[-1]} is not one of {TRITON_HEAD_DIMS}")
-        reasons += _reasons_of_gpu_kernels(query, key, value, residual)
+        reasons += _reasons_of_gpu_kernels(query, key, value)
     if backend == "hopper":
         reasons += reasons_against_hopper(query, key, value, residual)
         if block_mask is not None and block_mask.window is not None:
             reasons.append("it knows no sliding window")
+    if backend == "flex":
+        from draftattn.kernels.flex import reasons_against_flex
+
+        reasons += reasons_against_flex(query, key, value, residual)
+    if backend == "fa4":
+        from draftattn.kernels.fa4 import reasons_against_fa4
+
+        reasons += reasons_against_fa4(query, key, value, residual, block_mask)
     if backend == "cpu" and query.device.type != "cpu":
         reasons.append(f"tensors are on {query.device.type}, it needs the CPU")
     return reasons
@@ -101,24 +120,23 @@ def reasons_against_hopper(
             reasons.append(f"{name} is not aligned to 16 bytes in every dimension")
         if 0 in steps:
             reasons.append(f"{name} is expanded (a stride is 0)")
-    return reasons + _reasons_of_gpu_kernels(query, key, value, residual)
+    return reasons + _reasons_of_gpu_kernels(query, key, value)
 
 
-def _reasons_of_gpu_kernels(
-    query: Tensor, key: Tensor, value: Tensor, residual: tuple[Tensor, ...] | None
-) -> list[str]:
-    reasons = [
+def _reasons_of_gpu_kernels(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    return [
         f"the last dimension of {name} is not contiguous"
         for name, tensor in (("query", query), ("key", key), ("value", value))
         if tensor.stride(-1) != 1
     ]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ()))):
-        reasons.append("it has no backward pass")
-    return reasons
 
 
 def reasons_against_platform(backend: BackendName) -> list[str]:
     """Why a backend can serve no call at all on this machine; empty if it can."""
+    if backend == "fa4":
+        from draftattn.kernels import fa4
+
+        return fa4.reasons_against_platform()
     if backend not in ("triton", "hopper"):
         return []
     reasons = []

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from draftattn.kernels.selection import count_keys, list_blocks
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
@@ -170,18 +172,11 @@ class BlockMask:
 
         What ``causal`` and a window hide inside chosen blocks counts as computed.
         """
-        query_lengths = self.query_offsets.diff().float()
-        key_lengths = self.key_offsets.diff(dim=-1).float()
-        if key_lengths.ndim == 1:
-            key_lengths = key_lengths[None]
-        # [B | 1, H | 1, Q]: keys computed for each query of a block
-        keys_per_row = torch.einsum("bhqk,bk->bhq", self.block_map.float(), key_lengths.expand(self._batch, -1))
-        computed = (keys_per_row * query_lengths).sum(-1)
-        return (computed / (query_lengths.sum() * key_lengths.sum(-1, keepdim=True))).mean()
-
-    @property
-    def _batch(self) -> int:
-        return max(self.kv_num_blocks.shape[0], self.key_offsets.shape[0] if self.key_offsets.ndim == 2 else 1)
+        keys = count_keys(self.kv_num_blocks, self.kv_indices, self.key_offsets)
+        computed = (keys * self.query_offsets.diff()).sum(-1)
+        num_queries = (self.query_offsets[-1] - self.query_offsets[0]).long()
+        num_keys = self.key_offsets[..., -1:] - self.key_offsets[..., :1]
+        return (computed / (num_queries * num_keys)).float().mean()
 
     @classmethod
     def from_block_map(
@@ -215,22 +210,18 @@ class BlockMask:
             )
         num_key_blocks = block_map.shape[-1]
         capacity = max(1, num_key_blocks if max_blocks_per_row is None else min(max_blocks_per_row, num_key_blocks))
-        rank = block_map.cumsum(-1, dtype=torch.int32)
-        # Each chosen id moves to its rank; all others go to a spare last slot.
-        slot = torch.where(block_map, rank - 1, capacity).long()
-        ids = torch.arange(num_key_blocks, dtype=torch.int32, device=block_map.device).expand(block_map.shape)
-        kv_indices = torch.zeros(*block_map.shape[:3], capacity + 1, dtype=torch.int32, device=block_map.device)
-        kv_indices.scatter_(-1, slot.clamp_(max=capacity), ids)
+        kv_num_blocks, kv_indices = list_blocks(block_map, capacity)
         mask = cls(
-            kv_num_blocks=block_map.sum(-1, dtype=torch.int32).clamp(max=capacity),
-            kv_indices=kv_indices[..., :-1].contiguous(),
+            kv_num_blocks=kv_num_blocks,
+            kv_indices=kv_indices,
             query_offsets=query_offsets,
             key_offsets=key_offsets,
             block_size=block_size,
             query_block_size=query_block_size,
             query_shifts=query_shifts,
         )
-        if capacity >= num_key_blocks:
+        # dynamo of torch 2.6 cannot follow the next line
+        if capacity >= num_key_blocks and not torch.compiler.is_compiling():
             mask.__dict__["block_map"] = block_map  # spares the cached property its scatter
         return mask
 

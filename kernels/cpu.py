@@ -82,29 +82,38 @@ def attention_forward(
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ())))
     gather = _Gather(max(blocks_per_chunk, columns.most_blocks()), reuse=not differentiable)
     group = heads // key.shape[2]
+    # heads that share keys and pattern are rows of one product
+    together = min(group, columns.heads_per_mask)
 
-    # a head at a time, so that its keys and values stay in cache
+    # a key head at a time, so that its keys and values stay in cache
     for item, kv_head in itertools.product(range(batch), range(key.shape[2])):
         keys, values = (key_blocks.gather(x[item, :, kv_head], item) for x in (key, value))
         if residual is not None:
             keys, values = (
                 _with_means(x, means[item, :, kv_head]) for x, means in zip((keys, values), residual, strict=True)
             )
-        for head in range(kv_head * group, kv_head * group + group):
-            queries = query_blocks.gather(query[item, :, head], 0)
+        for head in range(kv_head * group, kv_head * group + group, together):
+            queries = query_blocks.gather(query[item, :, head : head + together].flatten(1), 0)
+            # [Q, heads, L, D] from [Q, L, heads * D]
+            queries = queries.unflatten(-1, (together, head_dim)).transpose(1, 2)
+            out_of_heads, lse_of_heads = (x[item, head : head + together] for x in (out, lse))
             for block in columns.chunks(item, head, blocks_per_chunk):
                 bias, blind = columns.bias(item, head, block, torch.promote_types(query.dtype, torch.float32))
+                if together > 1 and bias is not None and bias.shape[1] > 1:
+                    bias = bias.repeat(1, together, 1)
+                    blind = None if blind is None else blind.repeat(1, together)
                 ids = columns.ids(item, head, block).flatten()
                 k, v = (x.view(len(block), -1, head_dim) for x in gather(keys, values, ids))
-                q = queries.index_select(0, block)
+                q = queries.index_select(0, block).flatten(1, 2)
                 if return_lse:
                     block_out, block_lse = _attend_with_lse(q, k, v, bias, scale)
                     block_lse = block_lse if blind is None else block_lse.masked_fill(blind, -torch.inf)
-                    lse[item, head].index_copy_(0, block, block_lse.float())
+                    block_lse = block_lse.float().unflatten(1, (together, -1)).transpose(0, 1)
+                    lse_of_heads.index_copy_(1, block, block_lse)
                 else:
                     block_out = _attend(q, k, v, bias, scale)
                 block_out = block_out if blind is None else block_out.masked_fill(blind[..., None], 0.0)
-                out[item, head].index_copy_(0, block, block_out)
+                out_of_heads.index_copy_(1, block, block_out.unflatten(1, (together, -1)).transpose(0, 1))
 
     out = query_blocks.scatter(out, query_length, outside=0.0).transpose(1, 2)
     if not return_lse:
@@ -114,7 +123,9 @@ def attention_forward(
 
 def _is_dense(block_mask: BlockMask, query_length: int, key_length: int, causal: bool) -> bool:
     # torch aligns a causal mask at the top left
-    if causal and query_length != key_length:
+    if causal and (query_length != key_length or block_mask.query_shifts is not None):
+        return False
+    if block_mask.window is not None:
         return False
     covered = all(
         bool((offsets[..., 0] == 0).all() and (offsets[..., -1] == length).all())
@@ -140,21 +151,51 @@ class _Columns:
         residual: bool,
     ) -> None:
         batch, query_length, heads, _ = query_shape
-        self.key_blocks, self.causal, self.residual = key_blocks, causal, residual
+        self.key_blocks, self.causal, self.residual, self.window = key_blocks, causal, residual, block_mask.window
+        self.whole: Tensor | None = None
         self.num_key_blocks, longest = key_blocks.token.shape[1:]
         self.num_mean_blocks = -(-self.num_key_blocks // longest) if residual else 0
-        self.key_ids = block_mask.kv_indices.expand(batch, heads, -1, -1)
-        self.counts = block_mask.kv_num_blocks.expand(batch, heads, -1)
-        # bottom-right alignment: the last query sees every key
-        self.visible = query_blocks.token[0] + key_length - query_length
+        self.heads_per_mask = heads // block_mask.kv_num_blocks.shape[1]
+        self.key_ids = block_mask.kv_indices.expand(batch, -1, -1, -1)
+        self.counts = block_mask.kv_num_blocks.expand(batch, -1, -1)
+        # [B | 1, Q, L], where queries stand among the keys
+        shifts = block_mask.query_shifts
+        self.position = query_blocks.token + (
+            key_length - query_length if shifts is None else torch.atleast_2d(shifts)[..., None]
+        )
+        starts = key_blocks.token[:, None, None, :, 0]
         if causal:
-            starts = key_blocks.token[:, None, None, :, 0].expand(*self.key_ids.shape[:3], -1)
-            seen = starts.gather(-1, self.key_ids.long()) <= self.visible[:, -1:]
-            self.counts = (seen & (torch.arange(seen.shape[-1]) < self.counts[..., None])).sum(-1)
+            seen = self._of_ids(starts) <= self.position[:, None, :, -1:]
+            self.counts = (seen & self._used()).sum(-1)
+        if self.window is not None:
+            ends = torch.atleast_2d(block_mask.key_offsets)[:, None, None, 1:]
+            first = block_mask.key_offsets[..., :1] if self.window.starts is None else self.window.starts
+            # [B | 1, Q], where the sinks of a query block's sequence end
+            self.sink_end = torch.atleast_2d(first).expand(-1, query_blocks.token.shape[1]) + self.window.sink
+            behind = self._of_ids(ends) <= self.position[:, None, :, :1] - self.window.size + 1
+            hidden = behind & (self._of_ids(starts) >= self.sink_end[:, None, :, None])
+            if self.window.whole is not None:
+                self.whole = self.window.whole.expand(batch, -1, -1, -1)
+                hidden &= ~self.whole
+            self._keep(self._used() & ~hidden)
         if residual:
             offsets = torch.atleast_2d(block_mask.key_offsets).expand(batch, -1)
             self.log_counts, self.key_ends = offsets.diff(dim=-1).double().log(), offsets[:, 1:]
-            self.skipped = ~block_mask.block_map.expand(batch, heads, -1, -1)
+            self.skipped = ~block_mask.block_map.expand(batch, -1, -1, -1)
+
+    def _used(self) -> Tensor:
+        return torch.arange(self.key_ids.shape[-1]) < self.counts[..., None]
+
+    def _of_ids(self, per_block: Tensor) -> Tensor:
+        """Values ``[B | 1, 1, 1, K]`` of the blocks in the lists."""
+        return per_block.expand(*self.key_ids.shape[:3], -1).gather(-1, self.key_ids.long())
+
+    def _keep(self, kept: Tensor) -> None:
+        """Shortens the lists to some of their entries."""
+        kept, order = kept.sort(dim=-1, descending=True, stable=True)
+        self.key_ids = self.key_ids.gather(-1, order)
+        self.whole = None if self.whole is None else self.whole.gather(-1, order)
+        self.counts = kept.sum(-1)
 
     def most_blocks(self) -> int:
         """The most blocks any query block attends to, blocks of means included."""
@@ -162,7 +203,7 @@ class _Columns:
 
     def chunks(self, item: int, head: int, blocks_per_chunk: int) -> Iterator[Tensor]:
         """Query blocks with something to attend to, most first, in chunks of bounded size and nearly equal counts."""
-        counts, order = self.counts[item, head].sort(descending=True, stable=True)
+        counts, order = self.counts[item, head // self.heads_per_mask].sort(descending=True, stable=True)
         sizes = (counts + self.num_mean_blocks).tolist()
         first = 0
         while first < len(order) and sizes[first] > 0:
@@ -175,7 +216,8 @@ class _Columns:
 
     def ids(self, item: int, head: int, block: Tensor) -> Tensor:
         """Blocks of keys to gather, ``[blocks, most]``."""
-        ids = self.key_ids[item, head, block, : int(self.counts[item, head, block].max())].long()
+        mask_head = head // self.heads_per_mask
+        ids = self.key_ids[item, mask_head, block, : int(self.counts[item, mask_head, block].max())].long()
         if self.num_mean_blocks:
             means = self.num_key_blocks + torch.arange(self.num_mean_blocks)
             ids = torch.cat([ids, means.expand(len(block), -1)], dim=1)
@@ -187,20 +229,32 @@ class _Columns:
         Both are None where every column counts as it is. The bias of rows that see nothing is 0, for a softmax over
         nothing is NaN.
         """
-        counts, visible = self.counts[item, head, block], self.visible[block, :, None]
-        ids = self.key_ids[item, head, block, : int(counts.max())].long()
+        mask_head = head // self.heads_per_mask
+        counts, position = (
+            self.counts[item, mask_head, block],
+            self.position[min(item, len(self.position) - 1), block, :, None],
+        )
+        ids = self.key_ids[item, mask_head, block, : int(counts.max())].long()
         real, token = (x[min(item, len(x) - 1), ids] for x in (self.key_blocks.real, self.key_blocks.token))
         # [blocks, 1, columns], real keys of chosen blocks
         allowed = (real & (torch.arange(ids.shape[1]) < counts[:, None])[..., None]).flatten(1)[:, None]
-        if not (self.causal or self.residual) and bool(allowed.all()):
+        if not (self.causal or self.residual or self.window) and bool(allowed.all()):
             return None, None
+        key = token.flatten(1)[:, None]
         if self.causal:
-            allowed = allowed & (token.flatten(1)[:, None] <= visible)
+            allowed = allowed & (key <= position)
+        if self.window is not None:
+            sink_end = self.sink_end[min(item, len(self.sink_end) - 1), block, None, None]
+            seen = (key > position - self.window.size) | (key < sink_end)
+            if self.whole is not None:
+                whole = self.whole[item, mask_head, block, : ids.shape[1], None].expand(-1, -1, token.shape[2])
+                seen = seen | whole.flatten(1)[:, None]
+            allowed = allowed & seen
         bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
         if self.residual:
-            skipped = self.skipped[item, head, block, None]
+            skipped = self.skipped[item, mask_head, block, None]
             if self.causal:
-                skipped = skipped & (self.key_ends[item] <= visible + 1)
+                skipped = skipped & (self.key_ends[item] <= position + 1)
             # the logarithm of 0 drops empty blocks
             mean_bias = torch.where(skipped, self.log_counts[item].to(dtype), -torch.inf)
             padding = self.num_mean_blocks * self.key_blocks.token.shape[2] - self.num_key_blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,14 +20,6 @@ if TYPE_CHECKING:
     from draftattn.pipelines.video.stats import DraftStats
 
 console = Console()
-
-
-class Offload(str, Enum):
-    """Where weights wait when they are not in use."""
-
-    none = "none"
-    model = "model"
-    sequential = "sequential"
 
 
 def generate(
@@ -54,15 +45,16 @@ def generate(
         typer.Option(
             "--against-dense",
             help="Also make the dense video (dense.mp4 beside the output) and compare.json with time, density, "
-            "PSNR and SSIM.",
+            "PSNR, SSIM, LPIPS and flicker.",
         ),
     ] = False,
     dtype: Annotated[options.Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = (
         options.Dtype.auto
     ),
     offload: Annotated[
-        Offload, typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower, least memory).")
-    ] = Offload.none,
+        options.Offload,
+        typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower, least memory)."),
+    ] = options.Offload.none,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles, for less memory.")] = False,
     preset: options.Preset = None,
     sparsity: options.Sparsity = None,
@@ -77,17 +69,38 @@ def generate(
     config = options.draft_config(preset, sparsity, warmup, selection, residual, tile, dense_layers, backend)
     device = options.default_device()
     weights_dtype = options.resolve_dtype(dtype, device)
-    _check_numbers(steps, guidance, fps, seed, offload, device)
+    options.check_numbers(steps, guidance, fps, offload, device)
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; it must be in [0, 2^63)")
     prompts = _read_prompts(prompt, prompt_file)
     targets = _outputs(output, len(prompts), against_dense)
     arguments = _pipeline_arguments(negative_prompt, height, width, frames, steps, guidance)
-    index = _check_model(model, config, image, height, width, frames, weights_dtype, device)
+    if image is not None and not image.is_file():
+        raise InputError(f"image {str(image)!r} is not a file")
+    with console.status("reading the model's configuration"):
+        from draftattn.eval import loading
+        from draftattn.pipelines.video import enable
+
+        index = loading.check_generation(
+            model,
+            [config],
+            height=height,
+            width=width,
+            num_frames=frames,
+            has_image=image is not None,
+            dtype=weights_dtype,
+            device=device,
+        )
     for paths in targets:
         paths.check_writable()
     if image is not None:
-        arguments["image"] = _read_image(image, width, height)
+        arguments["image"] = loading.read_image(image, width, height)
 
-    pipe = _load(model, index, config, weights_dtype, device, offload, vae_tiling)
+    console.print(f"Loading {model}")
+    pipe = loading.load_pipeline(model, index, weights_dtype, device, offload.value)
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    enable(pipe, config)
     settings = {
         "model": model,
         "negative_prompt": negative_prompt,
@@ -105,21 +118,6 @@ def generate(
         _one_prompt(pipe, config, {**arguments, "prompt": text}, {**settings, "prompt": text}, seed, fps, paths, device)
 
 
-def _check_numbers(
-    steps: int, guidance: float | None, fps: int, seed: int, offload: Offload, device: torch.device
-) -> None:
-    if steps < 1:
-        raise InputError(f"steps is {steps}; it must be at least 1")
-    if guidance is not None and guidance < 0:
-        raise InputError(f"guidance is {guidance}; it must not be negative")
-    if fps < 1:
-        raise InputError(f"fps is {fps}; it must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed}; it must be in [0, 2^63)")
-    if offload is not Offload.none and device.type == "cpu":
-        raise InputError(f"offload is {offload.value!r}; without a GPU there is nothing to offload from, use none")
-
-
 def _read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
     if (prompt is None) == (prompt_file is None):
         raise InputError("give either --prompt or --prompt-file")
@@ -128,14 +126,9 @@ def _read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
             raise InputError("prompt is empty; say what the video shows")
         return [prompt]
     assert prompt_file is not None
-    try:
-        lines = [line.strip() for line in prompt_file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompt file {str(prompt_file)!r} cannot be read: {error}") from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise InputError(f"prompt file {str(prompt_file)!r} holds no prompt; write one a line")
-    return prompts
+    from draftattn.eval.prompts import read_prompts
+
+    return read_prompts(prompt_file)
 
 
 class _Outputs:
@@ -179,68 +172,6 @@ def _pipeline_arguments(
         "guidance_scale": guidance,
     }
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _check_model(
-    model: str,
-    config: DraftConfig,
-    image: Path | None,
-    height: int | None,
-    width: int | None,
-    frames: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Any]:
-    if image is not None and not image.is_file():
-        raise InputError(f"image {str(image)!r} is not a file")
-    with console.status("reading the model's configuration"):
-        from draftattn.pipelines.video.checks import check_backend, check_request, component_config
-        from draftattn.pipelines.video.pipeline import check_model
-
-        index = check_model(model)
-        needs_image = "ImageToVideo" in index["_class_name"]
-        if needs_image != (image is not None):
-            wants = "needs --image, its first frame" if needs_image else "takes no --image"
-            raise InputError(f"{index['_class_name']} {wants}")
-        check_request(model, index, config, height=height, width=width, num_frames=frames)
-        check_backend(config, component_config(model, "transformer"), dtype, device)
-    return index
-
-
-def _read_image(path: Path, width: int | None, height: int | None) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        image = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"image {str(path)!r} cannot be read: {error}") from error
-    return image if width is None or height is None else image.resize((width, height))
-
-
-def _load(
-    model: str,
-    index: dict[str, Any],
-    config: DraftConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    offload: Offload,
-    vae_tiling: bool,
-) -> Any:
-    from draftattn.pipelines.video.adapter import adapter_for
-    from draftattn.pipelines.video.pipeline import DraftAttentionPipeline
-
-    vae_dtype = torch.float32 if adapter_for(index["transformer"][1]).vae_in_float32 else dtype
-    console.print(f"Loading {model}")
-    pipe: Any = DraftAttentionPipeline.from_pretrained(model, draft=config, dtype={"default": dtype, "vae": vae_dtype})
-    if offload is Offload.model:
-        pipe.enable_model_cpu_offload()
-    elif offload is Offload.sequential:
-        pipe.enable_sequential_cpu_offload()
-    else:
-        pipe.to(device)
-    if vae_tiling:
-        pipe.vae.enable_tiling()
-    return pipe
 
 
 def _one_prompt(
@@ -290,6 +221,8 @@ def _run(pipe: Any, name: str, arguments: dict[str, Any], seed: int) -> Generati
 
 
 def _print_comparison(comparison: dict[str, Any]) -> None:
+    from draftattn.eval.metrics import METRICS
+
     dense, draft, quality = comparison["dense"], comparison["draft"], comparison["quality"]
     speedup = comparison["speedup"]
     table = Table("", "dense", "draft", "", title=comparison["device"], title_justify="left")
@@ -303,8 +236,12 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
         )
     table.add_row("warm-up", "", f"{draft['warmup_steps']}", "leading steps of the draft run that are dense")
     table.add_row("density", "1", f"{draft['density']:.3f}", "share of scores computed in sparse layers")
-    for name, unit in (("psnr", " dB"), ("ssim", "")):
-        mean, worst = quality[name]["mean"], quality[name]["worst"]
-        shown = ["identical" if value is None else f"{value:.3g}{unit}" for value in (mean, worst)]
-        table.add_row(name.upper(), "", shown[0], f"draft against dense; worst frame {shown[1]}")
+    for name, scores in quality.items():
+        metric = METRICS[name]
+        shown = [
+            "identical" if scores[key] is None else f"{scores[key]:.3g} {metric.unit}".rstrip()
+            for key in ("mean", "worst")
+        ]
+        better = "higher" if metric.higher_is_better else "lower"
+        table.add_row(metric.title, "", shown[0], f"draft against dense, {better} is better; worst frame {shown[1]}")
     console.print(table)

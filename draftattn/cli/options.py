@@ -92,6 +92,30 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
+class Offload(str, Enum):
+    """Where weights wait when they are not in use."""
+
+    none = "none"
+    model = "model"
+    sequential = "sequential"
+
+
+def check_numbers(steps: int, guidance: float | None, fps: int, offload: Offload, device: torch.device) -> None:
+    """Checks what any generation is asked for.
+
+    Raises:
+        InputError: if a value is out of range.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}; it must be at least 1")
+    if guidance is not None and guidance < 0:
+        raise InputError(f"guidance is {guidance}; it must not be negative")
+    if fps < 1:
+        raise InputError(f"fps is {fps}; it must be at least 1")
+    if offload is not Offload.none and device.type == "cpu":
+        raise InputError(f"offload is {offload.value!r}; without a GPU there is nothing to offload from, use none")
+
+
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     if dtype is Dtype.auto:
@@ -121,25 +145,35 @@ def draft_config(
     """
     given: dict[str, Any] = {
         "sparsity": sparsity,
-        "warmup": None if warmup is None else _read_warmup(warmup),
+        "warmup": None if warmup is None else read_warmup(warmup),
         "selection": selection,
         "residual": residual,
-        "tile": None if tile is None else _read_tile(tile),
-        "dense_layers": None if dense_layers is None else _read_layers(dense_layers),
+        "tile": None if tile is None else read_tile(tile),
+        "dense_layers": None if dense_layers is None else read_layers(dense_layers),
         "backend": backend,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     return replace(DraftConfig() if preset_name is None else preset(preset_name), **changes)
 
 
-def _read_warmup(text: str) -> float | int:
+def read_warmup(text: str) -> float | int:
+    """A warm-up as the option says it: a share, or a whole number of steps.
+
+    Raises:
+        InputError: if it is neither.
+    """
     try:
         return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
     except ValueError:
         raise InputError(f"warmup is {text!r}; give a share such as 0.25 or a number of steps such as 5") from None
 
 
-def _read_tile(text: str) -> tuple[int, int, int]:
+def read_tile(text: str) -> tuple[int, int, int]:
+    """A tile such as ``1x8x16``.
+
+    Raises:
+        InputError: if it is none.
+    """
     match = re.fullmatch(r"(\d+)[x×](\d+)[x×](\d+)", text.strip())
     if match is None:
         raise InputError(f"tile is {text!r}; give frames×rows×columns such as 1x8x16")
@@ -147,7 +181,12 @@ def _read_tile(text: str) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def _read_layers(text: str) -> tuple[int, ...]:
+def read_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers such as ``0,1,-1``.
+
+    Raises:
+        InputError: if one is no number.
+    """
     try:
         return tuple(int(layer) for layer in text.split(",") if layer.strip())
     except ValueError:

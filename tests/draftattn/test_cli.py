@@ -204,3 +204,196 @@ def test_bench_model_checks_before_it_builds(
     message = capsys.readouterr().err
     for word in words:
         assert word in message
+
+
+STUDY = ["--model", TINY_WAN, "--prompt", "a dog"]
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("command", ["compare", "recall"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt-file", "prompts.txt"], ["one of --prompt, --prompt-file and --vbench"]),
+        (["--seeds", "0,x"], ["seeds is '0,x'", "0,1"]),
+        (["--sparsity", "0.5,1"], ["sparsity is 1.0", "[0, 1)"]),
+        (["--sparsity", "half"], ["sparsity is 'half'"]),
+        (["--sparsity", ","], ["sparsity is ','", "at least one"]),
+        (["--selection", "row,column"], ["selection is 'column'", "row, head"]),
+        (["--tile", "rule,8x16"], ["tile is '8x16'", "1x8x16"]),
+        (["--preset", "fast,faster"], ["preset is 'faster'"]),
+        (["--max-prompts", "0"], ["max-prompts is 0"]),
+        (["--height", "250"], ["height is 250", "multiples of 16"]),
+        (["--frames", "4"], ["frames is 4", "multiple of 4"]),
+        (["--steps", "0"], ["steps is 0"]),
+        (["--image", "image.png"], ["WanPipeline takes no --image"]),
+        (["--model", "no-such-folder"], ["no-such-folder", "not a folder"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_compare_and_recall_refuse_before_they_load(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: str,
+    options: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, command, *STUDY, *options) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("draftattn: ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--frames", "1"], ["flicker needs at least 2 frames"]),
+        (["compare", "--warmup", "0.25,often"], ["warmup is 'often'"]),
+        (["compare", "--residual", "maybe"], ["residual is 'maybe'", "yes, no"]),
+        (["compare", "--fps", "0"], ["fps is 0"]),
+        (["compare", "--output", "/proc/study"], ["/proc/study", "cannot be written"]),
+        (["recall", "--layers", "12"], ["layers names 12", "0 to 11"]),
+        (["recall", "--at-steps", "0,50"], ["at-steps names 50", "0 to 49"]),
+        (["recall", "--layers", "all"], ["layers is 'all'"]),
+        (["recall", "--output", "recall.txt"], ["recall.txt", ".json"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0] in ("compare", "recall") else "",
+)
+def test_compare_and_recall_have_their_own_refusals(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, arguments[0], *STUDY, *arguments[1:]) == 2
+    message = capsys.readouterr().err.strip()
+    for word in words:
+        assert word in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def random_pipeline(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A pipeline of a few thousand parameters in place of the trained one."""
+    import importlib.util
+
+    from draftattn.eval import loading
+
+    path = Path(__file__).parents[1] / "pipelines" / "video" / "tiny_models.py"
+    spec = importlib.util.spec_from_file_location("draftattn_tiny_models", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pipe = module.wan_pipeline()
+    monkeypatch.setattr(loading, "load_pipeline", lambda *arguments: pipe)
+    return pipe
+
+
+GRID = ["--height", "48", "--width", "64", "--frames", "5", "--steps", "2", "--tile", "1x2x2"]
+
+
+@pytest.mark.usefixtures("random_pipeline")
+def test_compare_prints_a_line_for_every_result_and_continues(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "study"
+    asked = [*STUDY, *GRID, "--warmup", "1", "--sparsity", "0.5,0.9", "--output", str(folder)]
+    assert run(monkeypatch, "compare", *asked, "--json") == 0
+    printed = capsys.readouterr()
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert [row["sparsity"] for row in rows] == [0.5, 0.9]
+    assert rows == [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert str(folder / "report.html") in printed.err.replace("\n", "")
+    assert (folder / "report.html").stat().st_size > 10_000
+
+    monkeypatch.setattr("draftattn.eval.loading.load_pipeline", None)
+    assert run(monkeypatch, "compare", *asked, "--markdown") == 0
+    shown = capsys.readouterr().out
+    assert "3 of 3 videos are there already" in shown
+    table = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(table) == 4
+    assert "sparsity0.9" in table[3]
+    assert run(monkeypatch, "compare", *asked, "--guidance", "2") == 2
+    assert "made with guidance 5.0, and now it is 2.0" in capsys.readouterr().err
+
+
+def test_interrupted_compare_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, random_pipeline: Any
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(random_pipeline), "__call__", interrupt)
+    assert run(monkeypatch, "compare", *STUDY, *GRID, "--output", str(tmp_path / "study")) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("random_pipeline")
+def test_recall_prints_and_writes_every_call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "recall.json"
+    asked = [*STUDY, *GRID, "--sparsity", "0.5,0.75", "--layers", "0,-10", "--at-steps", "-1"]
+    assert run(monkeypatch, "recall", *asked, "--json", "--output", str(output)) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    content = json.loads(output.read_text())
+    assert content["calls"] == rows
+    assert {(row["layer"], row["step"]) for row in rows} == {(0, 1), (2, 1)}
+    assert [entry["setting"] for entry in content["means"]] == [entry["name"] for entry in content["settings"]]
+    assert all(entry["recall_random"] < entry["recall_best"] <= 1 for entry in content["means"])
+
+
+def small_video(path: Path, frames: int = 4, side: int = 48, seed: int = 0) -> str:
+    import torch
+
+    from draftattn.eval.video import save_video
+
+    save_video(path, torch.rand(frames, 3, side, 64, generator=torch.Generator().manual_seed(seed)), fps=8)
+    return str(path)
+
+
+def test_metrics_of_two_videos(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, other = (small_video(tmp_path / f"{seed}.mp4", seed=seed) for seed in (0, 1))
+    assert run(monkeypatch, "metrics", one, other, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["num_frames"], result["height"], result["width"]) == (4, 48, 64)
+    assert 3 < result["psnr"]["mean"] < 15
+    assert len(result["lpips"]["per_frame"]) == 4
+    assert run(monkeypatch, "metrics", one, one, "--metric", "psnr,flicker") == 0
+    shown = capsys.readouterr().out
+    assert "identical" in shown
+    assert "SSIM" not in shown
+
+
+def test_metrics_refuse_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one = small_video(tmp_path / "one.mp4")
+    longer, smaller = small_video(tmp_path / "longer.mp4", frames=5), small_video(tmp_path / "smaller.mp4", side=32)
+    still, text = small_video(tmp_path / "still.mp4", frames=1), tmp_path / "text.mp4"
+    text.write_text("no video")
+    for arguments, words in (
+        ((one, longer), ["one.mp4' has 4 frames of 48×64", "longer.mp4' has 5 frames of 48×64"]),
+        ((one, smaller), ["4 frames of 48×64", "4 frames of 32×64"]),
+        ((one, str(text)), ["text.mp4' cannot be read"]),
+        ((one, "none.mp4"), ["none.mp4' is not a file"]),
+        ((still, still), ["flicker needs at least 2 frames; the video has 1"]),
+        ((one, one, "--metric", "vmaf"), ["metric is 'vmaf'", "psnr, ssim, lpips, flicker"]),
+        ((one, one, "--metric", ","), ["metric is ','"]),
+    ):
+        assert run(monkeypatch, "metrics", *arguments) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("draftattn: ")
+        for word in words:
+            assert word in message

@@ -34,13 +34,14 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     junk = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for source in SOURCES:
         shutil.copytree(ROOT / source, tree / source, symlinks=True, ignore=junk)
+    shutil.copytree(ROOT / "assets" / "lpips", tree / "assets" / "lpips")
     for name in FILES:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
         else:
             (tree / name).write_text("")
-    for link in SOURCES[1:]:
-        path = tree / "draftattn" / link
+    links = [tree / "draftattn" / link for link in SOURCES[1:]]
+    for path in (*links, tree / "eval" / "metrics" / "weights"):
         assert path.is_symlink()
         if not request.param:
             target = str(path.readlink())
@@ -75,3 +76,8 @@ def test_types_and_licence_are_in_it(wheel: zipfile.ZipFile) -> None:
 def test_the_command_is_declared(wheel: zipfile.ZipFile) -> None:
     entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "draftattn = draftattn.cli:main" in wheel.read(entry_points).decode()
+
+
+def test_data_files_are_in_it(wheel: zipfile.ZipFile) -> None:
+    pages = {f"draftattn/eval/web/{path.name}" for path in (ROOT / "eval" / "web").iterdir()}
+    assert pages | {"draftattn/eval/metrics/weights/lpips-alexnet.safetensors"} <= set(wheel.namelist())

@@ -9,10 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draftattn import BlockLayout, BlockMask, DraftConfig, TokenGrid, block_layout
+from draftattn import BlockLayout, BlockMask, DraftConfig, TokenGrid, block_layout, inputs
+from draftattn.attention import attend
 from draftattn.draft import draft_map
 from draftattn.inputs import AttentionInputs
+from draftattn.kernels import pooling
+from draftattn.kernels import selection as kernel_selection
 from draftattn.policy import CallContext, DraftPolicy
+from draftattn.selection import select_per_row
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DIVISIBLE = TokenGrid(3, 16, 32)
 RAGGED = TokenGrid(2, 11, 19)
@@ -171,3 +177,118 @@ def test_per_row_keeps_the_exact_share_and_lists_no_longer_than_that() -> None:
     assert (mask.kv_num_blocks == kept).all()
     assert mask.kv_indices.shape[-1] == kept
     assert mask.block_map.diagonal(dim1=-2, dim2=-1).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.75, 0.9])
+def test_per_row_keeps_what_is_largest_in_the_draft_map(sparsity: float) -> None:
+    layout = block_layout(RAGGED, (2, 4, 8), block_size=64)
+    assert len(layout.offsets.diff().unique()) > 2
+    query, key, value = random_qkv(layout.num_tokens)
+    # nearly equal scores, so that the sizes of the blocks decide
+    call = AttentionInputs(query * 1e-2, key, value, layout)
+    assert torch.equal(mask_of(call, sparsity=sparsity).block_map, select_per_row(draft_map(call), sparsity))
+
+
+class TestPooling:
+    @pytest.fixture
+    def pooled(self, monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
+        """Of each pooling, which tensors were also made in their own dtype."""
+        calls: list[list[bool]] = []
+
+        def noted(requests: list[pooling.PoolRequest], block_size: int) -> list[pooling.PooledBlocks]:
+            calls.append([request.rounded for request in requests])
+            return pooling.pool_together(requests, block_size)
+
+        monkeypatch.setattr(inputs, "pool_together", noted)
+        return calls
+
+    @pytest.mark.parametrize(
+        ("residual", "expected"), [(True, [[False, True, True]]), (False, [[False, False]])], ids=["residual", "plain"]
+    )
+    @pytest.mark.parametrize("selection", ["row", "head"])
+    def test_everything_needed_is_pooled_in_one_go(
+        self, pooled: list[list[bool]], selection: str, residual: bool, expected: list[list[bool]]
+    ) -> None:
+        config = DraftConfig(selection=selection, residual=residual)
+        call = blocked_qkv(block_layout(RAGGED, block_size=32))
+        attend(call, DraftPolicy(config)(call, CallContext()), config)
+        assert pooled == expected
+
+    def test_a_policy_that_pools_nothing_leaves_keys_and_values_to_the_residual(self, pooled: list[list[bool]]) -> None:
+        call = blocked_qkv(block_layout(RAGGED, block_size=32))
+        assert call.block_means.key.shape == call.mean_value.shape
+        assert pooled == [[True, True]]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("together", [False, True])
+    def test_the_residual_gets_the_means_in_the_dtype_of_the_tensors(self, together: bool, dtype: torch.dtype) -> None:
+        layout = block_layout(RAGGED, block_size=32, num_text_tokens=20)
+        tensors = [x.to(dtype) for x in random_qkv(layout.num_tokens, batch=2, heads=4, kv_heads=2)]
+        call = AttentionInputs(*tensors, layout, torch.tensor([7, 20]))
+        call.pool("query", "key", *(("value",) if together else ()))
+        for rounded, exact in zip(call.block_means, (call.mean_key, call.mean_value), strict=True):
+            assert rounded.dtype == dtype
+            assert exact.dtype == torch.float32
+            assert torch.equal(rounded, exact.to(dtype))
+
+
+def road(layout: BlockLayout, policy: DraftPolicy, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """From tensors to all that a kernel takes."""
+    call = AttentionInputs(*tensors[:3], layout, tensors[3] if len(tensors) > 3 else None)
+    mask = policy(call, CallContext())
+    means = call.block_means if policy.config.residual else ()
+    return mask.kv_num_blocks, mask.kv_indices, mask.key_offsets, mask.block_map, *means
+
+
+@pytest.mark.parametrize("selection", ["row", "head"])
+@pytest.mark.parametrize("num_text_tokens", [0, 40])
+class TestRoad:
+    def made(self, num_text_tokens: int, selection: str, residual: bool = True) -> tuple[Any, ...]:
+        layout = block_layout(RAGGED, block_size=32, num_text_tokens=num_text_tokens, device=DEVICE)
+        tensors = [x.to(DEVICE) for x in random_qkv(layout.num_tokens, batch=2, heads=4, kv_heads=2)]
+        lengths = [torch.tensor([num_text_tokens, 5], device=DEVICE)] if num_text_tokens else []
+        policy = DraftPolicy(DraftConfig(selection=selection, sparsity=0.6, residual=residual))
+        return layout, policy, *tensors, *lengths
+
+    @pytest.mark.parametrize("residual", [False, True])
+    def test_compiled_without_a_graph_break(self, selection: str, num_text_tokens: int, residual: bool) -> None:
+        arguments = self.made(num_text_tokens, selection, residual)
+        torch.compiler.reset()
+        compiled = torch.compile(road, fullgraph=True, backend="aot_eager")(*arguments)
+        assert all(torch.equal(x, y) for x, y in zip(compiled, road(*arguments), strict=True))
+
+    def test_kernels_make_the_mask_of_plain_torch(
+        self, monkeypatch: pytest.MonkeyPatch, selection: str, num_text_tokens: int
+    ) -> None:
+        """In Triton's interpreter where there is no GPU, eager and through the operators for the compiler."""
+        pytest.importorskip("triton")
+        arguments = self.made(num_text_tokens, selection)
+        torch.compiler.reset()
+        for module in (pooling, kernel_selection):
+            monkeypatch.setattr(module, "triton_serves", lambda x: False)
+        plain = road(*arguments)
+        for module in (pooling, kernel_selection):
+            monkeypatch.setattr(module, "triton_serves", lambda x: True)
+        for run in (road, torch.compile(road, fullgraph=True, backend="aot_eager")):
+            made = run(*arguments)
+            assert all(torch.equal(x, y) for x, y in zip(made[:4], plain[:4], strict=True))
+            for x, y in zip(made[4:], plain[4:], strict=True):
+                torch.testing.assert_close(x, y)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+    def test_in_a_cuda_graph(self, selection: str, num_text_tokens: int) -> None:
+        layout, policy, *tensors = self.made(num_text_tokens, selection)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                road(layout, policy, *tensors)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = road(layout, policy, *tensors)
+        for x in tensors[:3]:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for x, y in zip(captured, road(layout, policy, *tensors), strict=True):
+            assert torch.equal(x, y)

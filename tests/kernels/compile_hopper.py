@@ -18,23 +18,23 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from draftattn.kernels.hopper import attention_forward_kernel, choose_launch
+from draftattn.kernels.hopper import attention_forward_kernel, choose_stages
 
 POINTERS = {"p_lse": "fp32", "p_map": "u8"}
 
 
 def compile_kernel(dtype: str, head_dim: int, options: tuple[str, ...] = ()) -> dict[str, object]:
-    """Stack bytes (spills), shared memory, and the instructions that decide whether softmax overlaps with P·V."""
-    launch = choose_launch(head_dim)
+    """Stack bytes (spills), shared memory, and the instructions that decide whether softmax overlaps with P·V.
+
+    ``overlapped`` is the least number of exponentials that a consumer's loop over tiles takes while the product of
+    probabilities and values runs, ``spilled`` the most words it then moves from or to the stack.
+    """
     constants = dict(
-        STAGES=launch.stages,
+        STAGES=choose_stages(head_dim),
         CAUSAL="causal" in options,
         RESIDUAL="residual" in options,
         RETURN_LSE="lse" in options,
         FLIP="flip" in options,
-        DYNAMIC=launch.dynamic,
-        CONSUMER_REGISTERS=launch.consumer_registers,
-        PRODUCER_REGISTERS=launch.producer_registers,
     )
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     names = attention_forward_kernel.arg_names
@@ -64,23 +64,27 @@ def compile_kernel(dtype: str, head_dim: int, options: tuple[str, ...] = ()) -> 
         options=options,
         stack_bytes=int(stack[1]),
         shared_kb=kernel.metadata.shared / 1024,
-        overlapped=_exponentials_between_waits(assembly),
+        overlapped=min(_count_between_waits("MUFU.EX2", assembly), default=0),
+        spilled=max(_count_between_waits("STL", assembly) + _count_between_waits("LDL", assembly), default=0),
     )
 
 
-def _exponentials_between_waits(assembly: str) -> int:
-    """Exponentials between a wait that leaves one product in flight and the next wait; the fewest of all places."""
+def _count_between_waits(instruction: str, assembly: str) -> list[int]:
+    """Instructions between a wait that leaves one product in flight and the next for all, in the loops over tiles.
+
+    Each of the two consumers has two such places: where a row begins, then the loop. The loops count.
+    """
     between: list[int] = []
     open_wait = False
     for line in assembly.splitlines():
-        if "DEPBAR.LE gsb0, 0x1" in line:
+        if "DEPBAR.LE gsb0, 0x1" in line and not open_wait:
             between.append(0)
             open_wait = True
         elif "DEPBAR.LE gsb0, 0x0" in line:
             open_wait = False
-        elif open_wait and "MUFU.EX2" in line:
+        elif open_wait and instruction in line:
             between[-1] += 1
-    return min(between, default=0)
+    return between[1::2]
 
 
 def _run_tool(*arguments: str) -> str:

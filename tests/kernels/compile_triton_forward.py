@@ -1,7 +1,9 @@
 """Compiles the Triton forward kernel for NVIDIA GPUs, which needs none, and prints what it takes.
 
-``python tests/kernels/compile_triton_forward.py 90:bf16:128 86:fp32:64`` prints a line of JSON per
-``capability:dtype:head_dim``, with every option of the kernel on. Run it outside Triton's interpreter.
+``python tests/kernels/compile_triton_forward.py 90:bf16:128:all 86:fp32:64:plain`` prints a line of JSON per
+``capability:dtype:head_dim:options``. Options are ``plain``; ``residual``; ``all`` (causal, LSE, residual, shifts); or
+``window`` (what language models ask for: windows and sinks, 4 heads of 4 tokens packed). Run it outside Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -18,30 +20,45 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from draftattn.kernels.triton_forward import attention_forward_kernel, choose_tiling
+from draftattn.kernels.triton_forward import Tiling, attention_forward_kernel, choose_tiling
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
-POINTERS = {"p_lse": "fp32", "p_map": "u8", "p_counts": "i32", "p_ids": "i32"} | {
-    "p_query_offsets": "i32",
-    "p_key_offsets": "i32",
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+# arguments that are left out (None), by options
+RESIDUAL = {"p_mean_k", "p_mean_v", "d_mean_k", "d_mean_v", "p_map", "p_bias", "num_means"}
+WINDOW = {"window", "sink", "p_whole", "p_starts"}
+LEFT_OUT = {
+    "plain": RESIDUAL | WINDOW | {"p_lse", "p_shifts"},
+    "residual": WINDOW | {"p_lse", "p_shifts"},
+    "all": WINDOW,
+    "window": RESIDUAL,
 }
+POINTERS = {"p_lse": "fp32", "p_bias": "fp32", "p_map": "u8", "p_whole": "u8"} | dict.fromkeys(
+    ("p_counts", "p_ids", "p_query_offsets", "p_key_offsets", "p_shifts", "p_starts"), "i32"
+)
 
 
-def compile_kernel(capability: int, dtype: str, head_dim: int, options: bool = True) -> dict[str, object]:
+def compile_kernel(
+    capability: int, dtype: str, head_dim: int, options: str, tiling: Tiling | None = None
+) -> dict[str, object]:
     """Registers per thread, stack bytes (spills) and shared memory of the kernel for blocks of 128 tokens."""
-    tiling = choose_tiling(DTYPES[dtype], head_dim, 128, SHARED_KB[capability] * 1024)
-    constants = dict(
+    pack = 4 if options == "window" else 1
+    rows = 16 if options == "window" else 128
+    if tiling is None:
+        tiling = choose_tiling(DTYPES[dtype], head_dim, rows, 128, SHARED_KB[capability] * 1024)
+    descriptors = capability in (90, 100) and dtype != "fp32"
+    left_out = LEFT_OUT[options] | (set() if descriptors else {"d_k", "d_v", "d_mean_k", "d_mean_v"})
+    constants = dict.fromkeys(left_out) | dict(
         D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_M=tiling.rows,
         BLOCK_N=tiling.columns,
-        BLOCK_R=min(64, tiling.columns),
-        TILES_M=triton.cdiv(128, tiling.rows),
+        TILES_M=triton.cdiv(rows, tiling.rows),
         TILES_N=triton.cdiv(128, tiling.columns),
-        CAUSAL=options,
-        RESIDUAL=options,
-        RETURN_LSE=options,
+        PACK=pack,
+        CAUSAL=options in ("all", "window"),
+        FLIP=False,
+        STAGES=tiling.num_stages,
     )
     names = attention_forward_kernel.arg_names
     signature, attributes = {}, {}
@@ -50,6 +67,8 @@ def compile_kernel(capability: int, dtype: str, head_dim: int, options: bool = T
             signature[name] = "constexpr"
         elif name == "scale_log2":
             signature[name] = "fp32"
+        elif name.startswith("d_"):
+            signature[name] = f"tensordesc<{dtype}[1, 1, {tiling.columns}, {constants['BLOCK_D']}]>"
         else:
             signature[name] = "*" + POINTERS.get(name, dtype) if name.startswith("p_") else "i32"
             if name.startswith(("p_", "stride_")):
@@ -67,6 +86,7 @@ def compile_kernel(capability: int, dtype: str, head_dim: int, options: bool = T
         capability=capability,
         dtype=dtype,
         head_dim=head_dim,
+        options=options,
         tiling=tuple(tiling),
         registers=registers,
         stack_bytes=stack,
@@ -87,5 +107,5 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 if __name__ == "__main__":
     for job in sys.argv[1:]:
-        capability, dtype, head_dim = job.split(":")
-        print(json.dumps(compile_kernel(int(capability), dtype, int(head_dim))), flush=True)
+        capability, dtype, head_dim, options = job.split(":")
+        print(json.dumps(compile_kernel(int(capability), dtype, int(head_dim), options)), flush=True)

@@ -322,7 +322,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def empty(*args: object, **kwargs: object) -> Tensor:
             x = make(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(2**30 if x.dtype == torch.int32 else 1)
+            poison = torch.nan if x.is_floating_point() else 2**30 if x.dtype == torch.int32 else 1
+            with torch.no_grad():  # torch's compiler makes some that require a gradient
+                return x.fill_(poison)
 
         return empty
 

@@ -66,16 +66,8 @@ def test_a_refusing_backend_names_every_reason(monkeypatch):
         "head_dim 24 is not one of",
         "last dimension of query is not contiguous",
         "last dimension of value is not contiguous",
-        "no backward pass",
     ):
         assert reason in str(refusal.value)
-
-
-def test_a_residual_that_needs_a_gradient_is_a_reason_too():
-    x = tensors()
-    means = BlockMeans(tensors(length=2).requires_grad_(), tensors(length=2))
-    with pytest.raises(ValueError, match="no backward pass"):
-        block_sparse_attention(x, x, x, MASK, residual=means, backend="triton")
 
 
 def test_auto_takes_the_backend_of_the_device(device):

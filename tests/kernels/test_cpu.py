@@ -53,3 +53,16 @@ def test_gradients(make_case, causal, return_lse):
     for gradient, expected in zip(*gradients, strict=True):
         assert gradient.isfinite().all()
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("window", [64, 65, 66])
+def test_windows_that_end_at_a_block(make_case, judge, window):
+    options = dict(causal=True, window=window, density=2.0, empty_row=False)
+    case = make_case(query_blocks=(64, 64, 64), **options).to(torch.float32, "cpu")
+    judge(case, *case.run("cpu", return_lse=False))
+
+
+def test_shifts_in_a_dense_mask(make_case, judge):
+    case = make_case(query_blocks=(64, 37), causal=True, shifts="block", density=2.0, empty_row=False)
+    case = case.to(torch.float32, "cpu")
+    judge(case, *case.run("cpu", return_lse=False))

@@ -1,0 +1,178 @@
+"""``draftattn compare``: what settings do to your prompts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from draftattn.cli import grid, options, tables
+from draftattn.files import check_writable
+
+if TYPE_CHECKING:
+    from draftattn.eval.run_study import Listener
+    from draftattn.eval.study import Study, StudyFolder
+
+
+def compare(
+    model: Annotated[str, typer.Option(help="Folder in diffusers' layout, or Hugging Face repository id.")],
+    prompt: grid.Prompt = None,
+    prompt_file: grid.PromptFile = None,
+    vbench: grid.VBench = None,
+    max_prompts: grid.MaxPrompts = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of the noise, such as 0,1.", rich_help_panel=grid.PROMPT_PANEL)
+    ] = "0",
+    negative_prompt: Annotated[str | None, typer.Option(help="What the videos should not show.")] = None,
+    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video models.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames. Default: the pipeline's.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    fps: Annotated[int, typer.Option(help="Frames per second of the files.")] = 16,
+    output: Annotated[Path, typer.Option(help="Folder of the study; the same command continues it.")] = Path(
+        "out/study"
+    ),
+    dtype: Annotated[options.Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = (
+        options.Dtype.auto
+    ),
+    offload: Annotated[
+        options.Offload, typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower).")
+    ] = options.Offload.none,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles, for less memory.")] = False,
+    json: tables.Json = False,
+    markdown: tables.Markdown = False,
+    preset: grid.Presets = None,
+    sparsity: grid.Sparsities = None,
+    warmup: grid.Warmups = None,
+    selection: grid.Selections = None,
+    residual: grid.Residuals = None,
+    tile: grid.Tiles = None,
+    dense_layers: options.DenseLayers = None,
+    backend: options.Backend = None,
+) -> None:
+    """Compare settings with dense attention, on many prompts and seeds.
+
+    Makes the dense video of each prompt and seed once and one video for every setting, measures time, density, PSNR,
+    SSIM, LPIPS and flicker, and writes report.html. A stopped run loses nothing: the same command continues it.
+    """
+    from draftattn.eval import loading
+    from draftattn.eval.metrics import METRICS, check_metrics
+    from draftattn.eval.report import write_report
+    from draftattn.eval.run_study import run_study
+    from draftattn.eval.study import Study, StudyFolder
+
+    settings = grid.read_settings(preset, sparsity, warmup, selection, residual, tile, dense_layers, backend)
+    prompts = grid.read_prompts(prompt, prompt_file, vbench, max_prompts)
+    device = options.default_device()
+    weights_dtype = options.resolve_dtype(dtype, device)
+    options.check_numbers(steps, guidance, fps, offload, device)
+    console = tables.wide_console(stderr=json)
+    with console.status("reading the model's configuration"):
+        size = {"height": height, "width": width, "num_frames": frames}
+        index = loading.check_generation(
+            model, settings.values(), **size, has_image=image is not None, dtype=weights_dtype, device=device
+        )
+        defaults = loading.default_arguments(index)
+    study = Study(
+        model=model,
+        prompts=tuple(prompts),
+        seeds=tuple(grid.read_seeds(seeds)),
+        settings=settings,
+        **{name: defaults[name] if value is None else value for name, value in size.items()},
+        num_steps=steps,
+        guidance=defaults.get("guidance_scale") if guidance is None else guidance,
+        dtype=str(weights_dtype).removeprefix("torch."),
+        negative_prompt=negative_prompt,
+        image=None if image is None else str(image),
+        fps=fps,
+    )
+    check_metrics(METRICS, study.num_frames, study.height, study.width)
+    if image is not None:
+        loading.read_image(image, None, None)
+    check_writable(output / "study.json")
+    folder = StudyFolder.open(output, study, device)
+
+    def load() -> Any:
+        pipe = loading.load_pipeline(model, index, weights_dtype, device, offload.value)
+        if vae_tiling:
+            pipe.vae.enable_tiling()
+        return pipe
+
+    try:
+        with _listener(console, folder, study, json) as listener:
+            run_study(folder, study, load, device, listener)
+        with console.status("writing the report"):
+            report = write_report(output)
+    except KeyboardInterrupt:
+        typer.echo("draftattn: interrupted; what is complete is kept, the same command continues", err=True)
+        raise typer.Exit(130) from None
+    if not json:
+        console.print(_table(folder.rows_of(study), folder.content["device"], markdown))
+    console.print(f"Wrote {report}")
+
+
+@contextmanager
+def _listener(console: Console, folder: StudyFolder, study: Study, json: bool) -> Iterator[Listener]:
+    """Shows steps done and time left for the whole study."""
+    from draftattn.eval.run_study import Listener
+    from draftattn.eval.study import to_line
+
+    outstanding = len(folder.outstanding(study))
+    done = len(folder.runs_of(study)) - outstanding
+
+    def show(row: dict[str, Any]) -> None:
+        if json:
+            typer.echo(to_line(row))
+
+    if done:
+        console.print(f"{done} of {done + outstanding} videos are there already")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # videos take from seconds to an hour: the speed is that of all steps so far, decoding included
+    with Progress(*columns, console=console, speed_estimate_period=math.inf, disable=not outstanding) as progress:
+        for row in folder.rows_of(study):
+            show(row)
+        task = progress.add_task("", total=outstanding * study.num_steps)
+        yield Listener(
+            phase=lambda what: progress.update(task, description=what),
+            step=functools.partial(progress.advance, task),
+            result=show,
+        )
+
+
+def _table(rows: list[dict[str, Any]], device: str, markdown: bool) -> Table:
+    from draftattn.eval.metrics import METRICS
+    from draftattn.eval.summary import summarise
+
+    entries = summarise(rows)
+    headings = ["videos", "density", "step", "step ×", "run ×"]
+    headings += [f"{metric.title} {metric.unit}".strip() for metric in METRICS.values()]
+    title = f"Means over videos, the worst frame of all in brackets; {device}"
+    table, names = tables.settings_table([entry["setting"] for entry in entries], headings, title, markdown)
+    for name, entry in zip(names, entries, strict=True):
+        table.add_row(
+            name,
+            str(entry["videos"]),
+            f"{entry['density']:.3f}",
+            f"{entry['step_seconds']:.3g} s",
+            f"{entry['speedup']:.2f}",
+            f"{entry['run_speedup']:.2f}",
+            *(f"{tables.shown(entry[metric])} ({tables.shown(entry[f'{metric}_worst'])})" for metric in METRICS),
+        )
+    return table

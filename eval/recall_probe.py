@@ -1,0 +1,127 @@
+"""Measuring the recall of settings inside a real run, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from draftattn.config import DraftConfig
+from draftattn.eval.recall import ExactAttention, exact_attention, measure_recall
+from draftattn.inputs import AttentionInputs
+from draftattn.kernels.block_mask import BlockMask
+from draftattn.layout import BlockLayout, block_layout
+from draftattn.pipelines.video import enable
+from draftattn.policy import CallContext, DraftPolicy, MaskPolicy
+
+
+class RecallProbe:
+    """A mask policy that hands through the masks of another, and measures other settings on the same tensors.
+
+    What it measures it makes anew from queries, keys and values, so the run stays as it would be without it. Layers
+    that a setting keeps dense are measured as if they were sparse.
+
+    Args:
+        base: chooses the blocks of the run.
+        settings: what to measure, by name.
+        layers: attention layers to look at; None for all.
+        steps: denoising steps to look at; None for all.
+        on_row: given the figures of every call and setting, see `draftattn.eval.recall.measure_recall`, with
+            ``layer``, ``step``, ``branch`` and ``setting``.
+    """
+
+    def __init__(
+        self,
+        base: MaskPolicy,
+        settings: Mapping[str, DraftConfig],
+        *,
+        layers: Iterable[int] | None,
+        steps: Iterable[int] | None,
+        on_row: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._base = base
+        self._settings = settings
+        self._layers = None if layers is None else frozenset(layers)
+        self._steps = None if steps is None else frozenset(steps)
+        self._on_row = on_row
+
+    def __call__(self, inputs: AttentionInputs, context: CallContext, scale: float | None = None) -> BlockMask:
+        """See `MaskPolicy`."""
+        mask = self._base(inputs, context, scale)
+        looked_at = (self._layers is None or context.layer in self._layers) and (
+            self._steps is None or context.step in self._steps
+        )
+        if looked_at:
+            self._measure(inputs, context, scale)
+        return mask
+
+    def _measure(self, inputs: AttentionInputs, context: CallContext, scale: float | None) -> None:
+        exact: dict[BlockLayout, tuple[AttentionInputs, ExactAttention]] = {}
+        for name, config in self._settings.items():
+            layout = block_layout(
+                inputs.layout.grid,
+                config.tile,
+                block_size=config.block_size,
+                num_text_tokens=inputs.layout.num_text_tokens,
+                device=inputs.query.device,
+            )
+            if layout not in exact:
+                moved = in_layout(inputs, layout)
+                exact[layout] = moved, exact_attention(moved, config, scale)
+            moved, attention = exact[layout]
+            mask = DraftPolicy(config)(moved, context, scale)
+            figures = measure_recall(moved, mask, attention, config, scale, seed=context.layer)
+            call = {"layer": context.layer, "step": context.step, "branch": context.branch}
+            self._on_row({"setting": name, **call, **figures})
+
+
+def in_layout(inputs: AttentionInputs, layout: BlockLayout) -> AttentionInputs:
+    """The same call with its video tokens in the order of another layout of the same grid; nothing pooled yet."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if layout is not inputs.layout:
+        text = torch.arange(layout.grid.num_tokens, layout.num_tokens, device=layout.permutation.device)
+        order = torch.cat([inputs.layout.inverse[layout.permutation], text])
+        query, key, value = (tensor.index_select(1, order) for tensor in (query, key, value))
+    return AttentionInputs(query, key, value, layout, inputs.text_lengths)
+
+
+def probe_run(
+    pipe: Any,
+    settings: Mapping[str, DraftConfig],
+    *,
+    seed: int,
+    layers: Iterable[int] | None,
+    steps: Iterable[int] | None,
+    on_row: Callable[[dict[str, Any]], None],
+    on_step: Callable[[], None] = lambda: None,
+    **arguments: Any,
+) -> None:
+    """Runs a pipeline once with nothing skipped and measures settings on the way; nothing is decoded.
+
+    Args:
+        pipe: a pipeline that draft attention supports.
+        settings: what to measure, by name.
+        seed: seed of the noise.
+        layers: see `RecallProbe`.
+        steps: see `RecallProbe`.
+        on_row: see `RecallProbe`.
+        on_step: called after every denoising step.
+        **arguments: what the pipeline's call takes.
+    """
+
+    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        del pipe, step, timestep
+        on_step()
+        return tensors
+
+    backend = next(iter(settings.values())).backend
+    dense = DraftConfig(sparsity=0.0, warmup=0, residual=False, backend=backend)
+    probe = RecallProbe(DraftPolicy(dense), settings, layers=layers, steps=steps, on_row=on_row)
+    with enable(pipe, dense, policy=probe):
+        pipe(
+            **arguments,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            callback_on_step_end=after_step,
+        )
