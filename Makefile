@@ -6,10 +6,10 @@ RUN := $(VENV)/bin/
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.installed
-	$(RUN)draftattn generate --model assets/tiny-wan \
+	$(RUN)draftattn compare --model assets/tiny-wan \
 	    --prompt "hands moving red cups on a white table" \
-	    --height 256 --width 448 --frames 33 --steps 12 --guidance 4.5 --seed 0 \
-	    --sparsity 0.75 --against-dense --output out/draft.mp4
+	    --height 256 --width 448 --frames 33 --steps 12 --guidance 4.5 \
+	    --sparsity 0.75 --output out
 
 test: lint
 	$(RUN)python -m pytest

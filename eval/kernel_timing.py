@@ -1,7 +1,8 @@
-"""Times of several calls taken in turns, so that a card that grows warm slows all of them alike."""
+"""Times of several calls taken in turns, each at the clock that it leaves a warm card."""
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import time
@@ -14,6 +15,7 @@ import torch
 
 ROUNDS = 5
 MAX_CALLS = 400
+SETTLE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Times:
 
 
 def time_in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, Times]:
-    """Times calls in rounds, a few of each in turn.
+    """Times calls in rounds, a few of each in turn, in another order in every round.
 
     Every call runs twice untimed (once if it takes longer than ``seconds``). The number of timed calls is what fits
-    into ``seconds``, at least 3 and at most 400. On a GPU each is timed by a pair of CUDA events in the stream, so the
-    time the host needs to launch it does not count while the GPU is busy with the ones before. The L2 cache is not
-    flushed: caches hold what the call before left in them.
+    into ``seconds``, at least 3 and at most 400. On a GPU, 0.1 s of untimed calls come before each turn: a card at its
+    power limit lowers its clock for the kernel that draws most, and the next one would pay for it. There each call is
+    timed by a pair of CUDA events in the stream, so the time the host needs to launch it does not count while the GPU
+    is busy with the ones before. The L2 cache is not flushed: caches hold what the call before left in them.
 
     Args:
         calls: by name.
@@ -47,18 +50,24 @@ def time_in_turns(calls: Mapping[str, Callable[[], Any]], seconds: float, device
         device: where they run.
     """
     counts = {}
+    settling = {}
     for name, call in calls.items():
         call()
         estimate = _time_one_by_one(call, 1, device)[0]
         if estimate < seconds:
             estimate = _time_one_by_one(call, 1, device)[0]
         counts[name] = max(3, min(MAX_CALLS, round(seconds / max(estimate, 1e-6))))
+        settling[name] = min(MAX_CALLS, int(SETTLE_SECONDS / max(estimate, 1e-6))) if device.type == "cuda" else 0
+    order = random.Random(0)
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(ROUNDS):
-        for name, call in calls.items():
+        for name in order.sample(list(calls), len(calls)):
+            call = calls[name]
             # as equal shares as whole numbers allow
             share = (i + 1) * counts[name] // ROUNDS - i * counts[name] // ROUNDS
             if share:
+                for _ in range(settling[name]):
+                    call()
                 taken[name] += _time_one_by_one(call, share, device)
     return {name: Times(tuple(values)) for name, values in taken.items()}
 

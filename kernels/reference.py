@@ -38,9 +38,11 @@ def attention_forward(
     query_block = _block_of_token(block_mask.query_offsets[None], query_length).expand(batch, -1)
     key_block = _block_of_token(torch.atleast_2d(block_mask.key_offsets), key_length).expand(batch, -1)
 
-    # Keys outside every block may hold anything, NaN too, and 0 * NaN would spread it.
+    # Tokens outside every block may hold anything, NaN too, and 0 * NaN would spread it, in gradients as well.
     outside = (key_block == block_mask.num_key_blocks)[:, None, :, None]
     keys, values = (per_query_head(x).masked_fill(outside, 0.0) for x in (key, value))
+    outside = (query_block == block_mask.num_query_blocks)[:, None, :, None]
+    queries = query.to(dtype).transpose(1, 2).masked_fill(outside, 0.0)
 
     def of_queries(block_map: Tensor) -> Tensor:
         """The row of the block map that each query is in, ``[B, H, S_q, K + 1]``."""
@@ -82,7 +84,7 @@ def attention_forward(
 
     # A row that sees nothing would divide 0 by 0, in the gradient too: its scores become 0 and its weights are dropped.
     sees_nothing = (bias == -torch.inf).all(-1, keepdim=True)
-    scores = query.to(dtype).transpose(1, 2) @ keys.transpose(-1, -2) * scale + bias.masked_fill(sees_nothing, 0.0)
+    scores = queries @ keys.transpose(-1, -2) * scale + bias.masked_fill(sees_nothing, 0.0)
     lse = scores.logsumexp(-1, keepdim=True)
     weights = (scores - lse).exp().masked_fill(sees_nothing, 0.0)
     output = (weights @ values).transpose(1, 2).to(query.dtype)

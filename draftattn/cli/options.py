@@ -64,7 +64,8 @@ DenseLayers = Annotated[
 Backend = Annotated[
     str | None,
     typer.Option(
-        help="Kernel: auto, hopper, triton, cpu or reference. See 'draftattn doctor'.", rich_help_panel=DRAFT_PANEL
+        help="Kernel: auto, hopper, triton, cpu, flex, fa4 or reference; see 'draftattn doctor'.",
+        rich_help_panel=DRAFT_PANEL,
     ),
 ]
 

@@ -129,8 +129,8 @@ def test_a_kernel_that_cannot_serve_says_why() -> None:
 def test_calls_take_turns() -> None:
     order: list[str] = []
     times = time_in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 1e-4, CPU)
-    switches = sum(x != y for x, y in pairwise(order))
-    assert switches >= 2 * ROUNDS - 1
+    # each in every round, though in an order that is drawn anew
+    assert sum(x != y for x, y in pairwise(order)) >= ROUNDS
     assert all(3 <= len(x.seconds) <= 400 for x in times.values())
 
 

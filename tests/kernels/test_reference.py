@@ -90,6 +90,17 @@ def test_gradient_by_differences(make_case, residual):
     assert torch.autograd.gradcheck(attend, inputs)
 
 
+def test_gradients_ignore_what_lies_outside_the_blocks(make_case):
+    case = make_case(query_blocks=(37, 64), uncovered=(3, 7), residual=True)
+    inputs = [x.requires_grad_() for x in (case.query, case.key, case.value)]
+    assert inputs[0][:, :3].isnan().all()
+    case.run("reference")[0].square().sum().backward()
+    for x in inputs:
+        assert x.grad.isfinite().all()
+        assert not x.grad[:, :3].any()
+        assert not x.grad[:, -7:].any()
+
+
 def test_all_blocks_chosen_is_dense_attention(make_case):
     case = make_case(query_blocks=(64, 37), density=2.0, empty_row=False)
     dense = torch.nn.functional.scaled_dot_product_attention(
