@@ -1,16 +1,12 @@
-"""Mask policies: from queries and keys to a block mask."""
+"""What a mask policy is, and where in a generation it is asked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from draftattn.config import DraftConfig
-from draftattn.draft import draft_map, draft_scores, log_block_sizes
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
-from draftattn.kernels.selection import BlockSelection, select_from_rank, select_largest
-from draftattn.selection import blocks_kept_per_row, entries_dropped_per_head
 
 
 @dataclass(frozen=True)
@@ -22,12 +18,15 @@ class CallContext:
         step: denoising step, from 0; None outside a denoising loop.
         num_steps: steps of the run; None outside a denoising loop.
         branch: guidance branch, such as ``"cond"`` or ``"uncond"``; None where it is not known.
+        run: an object that is another one for every generation; None outside of one. A policy that remembers
+            something from step to step starts anew when it changes.
     """
 
     layer: int = 0
     step: int | None = None
     num_steps: int | None = None
     branch: str | None = None
+    run: object = None
 
 
 class MaskPolicy(Protocol):
@@ -38,38 +37,10 @@ class MaskPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class DraftPolicy:
-    """DraftAttention (arXiv 2505.14708): keep the block pairs that matter in the draft map. Text stays dense.
+@runtime_checkable
+class ObservingPolicy(MaskPolicy, Protocol):
+    """A policy that also looks at the calls which stay dense, such as those of warm-up steps."""
 
-    Args:
-        config: ``sparsity`` and ``selection`` are used, and ``residual`` to pool the values along with the rest.
-    """
-
-    config: DraftConfig
-
-    def __call__(self, inputs: AttentionInputs, context: CallContext, scale: float | None = None) -> BlockMask:
-        """See `MaskPolicy`."""
-        del context  # the draft is made anew in every call
-        layout, sparsity = inputs.layout, self.config.sparsity
-        if self.config.residual:
-            inputs.pool("query", "key", "value")
-        num_text_blocks = layout.num_blocks - layout.num_video_blocks
-        selection: BlockSelection
-        if self.config.selection == "row":
-            # softmax keeps the order of a row
-            selection = select_largest(
-                draft_scores(inputs, scale),
-                blocks_kept_per_row(layout.num_video_blocks, sparsity),
-                bias=log_block_sizes(layout),
-                keep_diagonal=True,
-                dense_tail=num_text_blocks,
-            )
-        else:
-            rank = entries_dropped_per_head(layout.num_video_blocks, sparsity)
-            selection = select_from_rank(draft_map(inputs, scale), rank, dense_tail=num_text_blocks)
-        mask = BlockMask(
-            selection.kv_num_blocks, selection.kv_indices, layout.offsets, inputs.key_offsets, layout.block_size
-        )
-        mask.__dict__["block_map"] = selection.block_map  # spares the cached property its scatter
-        return mask
+    def observe(self, inputs: AttentionInputs, context: CallContext, scale: float | None = None) -> None:
+        """Looks at a dense call of a layer that will be sparse in other steps."""
+        ...

@@ -8,21 +8,15 @@ kernels are ``decode``, ``max`` and ``sum``. Run it outside Triton's interpreter
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import torch
 import triton
+from ahead_of_time import DTYPES, SHARED_KB, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from draftattn.kernels import triton_decode, triton_probabilities
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 INT32 = ("p_counts", "p_ids", "p_query_offsets", "p_key_offsets", "p_shifts", "p_starts")
 OPTIONAL = ("p_shifts", "p_whole", "p_starts", "p_mean_k", "p_mean_v", "p_map")
 BLOCK_SIZE, GROUP = 128, 4
@@ -87,17 +81,6 @@ def compile_kernel(
     constants = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch), launch
-
-
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    match = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
-    assert match, text.stdout
-    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -7,13 +7,10 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
+from ahead_of_time import dump, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -52,17 +49,13 @@ def compile_kernel(dtype: str, head_dim: int, options: tuple[str, ...] = ()) -> 
     constants_by_index = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(attention_forward_kernel, signature, constants_by_index, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        stack = re.search(r"STACK:(\d+)", _run_tool("--dump-resource-usage", file.name))
-        assembly = _run_tool("-sass", file.name)
-    assert stack
+    cubin = kernel.asm["cubin"]
+    assembly = dump(cubin, "-sass")
     return dict(
         dtype=dtype,
         head_dim=head_dim,
         options=options,
-        stack_bytes=int(stack[1]),
+        stack_bytes=resource_usage(cubin)[1],
         shared_kb=kernel.metadata.shared / 1024,
         overlapped=min(_count_between_waits("MUFU.EX2", assembly), default=0),
         spilled=max(_count_between_waits("STL", assembly) + _count_between_waits("LDL", assembly), default=0),
@@ -85,11 +78,6 @@ def _count_between_waits(instruction: str, assembly: str) -> list[int]:
         elif open_wait and instruction in line:
             between[-1] += 1
     return between[1::2]
-
-
-def _run_tool(*arguments: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

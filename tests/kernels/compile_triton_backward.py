@@ -8,22 +8,16 @@ Triton's interpreter.
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import torch
 import triton
+from ahead_of_time import DTYPES, SHARED_KB, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from draftattn.kernels import triton_gradients
 from draftattn.kernels.triton_backward import Tiling, choose_tilings
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 POINTERS = {
     "p_neg_lse": "fp32", "p_delta": "fp32", "p_counts": "i32", "p_ids": "i32", "p_query_offsets": "i32",
     "p_key_offsets": "i32", "p_shifts": "i32", "p_starts": "i32", "p_whole": "u8", "p_map": "u8",
@@ -61,7 +55,7 @@ def compile_kernel(
     source = ASTSource(kernel, signature, constexprs, attributes)
     launch = dict(num_warps=tiling.num_warps, num_stages=tiling.num_stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
-    registers, stack = _resource_usage(compiled.asm["cubin"])
+    registers, stack = resource_usage(compiled.asm["cubin"])
     return dict(
         kernel=kind,
         capability=capability,
@@ -72,17 +66,6 @@ def compile_kernel(
         stack_bytes=stack,
         shared_kb=compiled.metadata.shared / 1024,
     )
-
-
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    match = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
-    assert match, text.stdout
-    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

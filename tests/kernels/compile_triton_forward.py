@@ -9,21 +9,15 @@ interpreter.
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import torch
 import triton
+from ahead_of_time import DTYPES, SHARED_KB, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from draftattn.kernels.triton_forward import Tiling, attention_forward_kernel, choose_tiling
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 # arguments that are left out (None), by options
 RESIDUAL = {"p_mean_k", "p_mean_v", "d_mean_k", "d_mean_v", "p_map", "p_bias", "num_means"}
 WINDOW = {"window", "sink", "p_whole", "p_starts"}
@@ -81,7 +75,7 @@ def compile_kernel(
     )
     launch = dict(num_warps=tiling.num_warps, num_stages=tiling.num_stages)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
-    registers, stack = _resource_usage(kernel.asm["cubin"])
+    registers, stack = resource_usage(kernel.asm["cubin"])
     return dict(
         capability=capability,
         dtype=dtype,
@@ -92,17 +86,6 @@ def compile_kernel(
         stack_bytes=stack,
         shared_kb=kernel.metadata.shared / 1024,
     )
-
-
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    match = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
-    assert match, text.stdout
-    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

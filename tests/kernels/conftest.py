@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -331,3 +337,19 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def compile_ahead() -> Callable[[str, list[str]], list[dict[str, Any]]]:
+    """Compiles kernels for GPUs that need not be there: a line of results of a ``compile_*.py`` script for each job."""
+
+    def run(script: str, jobs: list[str]) -> list[dict[str, Any]]:
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), *jobs]
+        environment = os.environ | {"TRITON_INTERPRET": "0"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        lines = [json.loads(line) for line in result.stdout.splitlines()]
+        assert len(lines) >= len(jobs)
+        return lines
+
+    return run

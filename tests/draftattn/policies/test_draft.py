@@ -15,7 +15,8 @@ from draftattn.draft import draft_map
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels import pooling
 from draftattn.kernels import selection as kernel_selection
-from draftattn.policy import CallContext, DraftPolicy
+from draftattn.policies.draft import DraftPolicy
+from draftattn.policy import CallContext
 from draftattn.selection import select_per_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
