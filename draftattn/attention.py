@@ -10,7 +10,8 @@ from draftattn.inputs import AttentionInputs
 from draftattn.kernels.api import block_sparse_attention
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.layout import BlockLayout
-from draftattn.policy import CallContext, DraftPolicy
+from draftattn.policies import make_policy
+from draftattn.policy import CallContext
 
 
 def draft_attention(
@@ -56,7 +57,7 @@ def draft_attention(
     if text_lengths is not None and layout.num_text_tokens == 0:
         raise InputError("text_lengths is given, but the layout has no text tokens")
     inputs = AttentionInputs(query, key, value, layout, text_lengths)
-    mask = DraftPolicy(config)(inputs, CallContext(), scale)
+    mask = make_policy(config)(inputs, CallContext(), scale)
     return attend(inputs, mask, config, scale=scale)
 
 

@@ -10,7 +10,9 @@ from typing import Literal, get_args
 
 from draftattn.errors import InputError
 from draftattn.kernels.backends import BackendName
+from draftattn.kernels.dense import DenseBackend
 from draftattn.layout import MAX_BLOCK_SIZE, validate_tile
+from draftattn.policies import POLICY_NAMES, PolicyConfig
 
 Selection = Literal["row", "head"]
 
@@ -33,6 +35,10 @@ class DraftConfig:
         dense_layers: layers that always stay dense, counted over all attention layers of the transformer; negative
             numbers count from the end.
         backend: the kernel, ``"auto"`` for the fastest that can serve.
+        dense_backend: the kernel of warm-up steps and dense layers (`draftattn.kernels.dense.fastest_dense`);
+            ``"torch"`` leaves them to the model's own. A backend set on the model with ``set_attention_backend`` wins.
+        policy: how block pairs are chosen: a name of `draftattn.policies.POLICY_NAMES`, or that policy's own settings.
+            ``selection`` belongs to ``"draft"``; the other fields hold for every policy.
 
     Raises:
         InputError: if a value is out of range; the message names it and what is allowed.
@@ -51,6 +57,8 @@ class DraftConfig:
     block_size: int = MAX_BLOCK_SIZE
     dense_layers: tuple[int, ...] = ()
     backend: BackendName = "auto"
+    dense_backend: DenseBackend = "auto"
+    policy: str | PolicyConfig = "draft"
 
     def __post_init__(self) -> None:
         if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:
@@ -66,6 +74,12 @@ class DraftConfig:
             raise InputError(f"block_size is {self.block_size!r}; a block holds 16 to {MAX_BLOCK_SIZE} tokens")
         if self.backend not in get_args(BackendName):
             raise InputError(f"backend is {self.backend!r}; choose from {', '.join(get_args(BackendName))}")
+        if self.dense_backend not in get_args(DenseBackend):
+            raise InputError(
+                f"dense_backend is {self.dense_backend!r}; choose from {', '.join(get_args(DenseBackend))}"
+            )
+        if isinstance(self.policy, str) and self.policy not in POLICY_NAMES:
+            raise InputError(f"policy is {self.policy!r}; choose from {', '.join(POLICY_NAMES)}")
         if self.tile is not None:
             object.__setattr__(self, "tile", tuple(validate_tile(self.tile, self.block_size)))
         if not isinstance(self.dense_layers, Iterable) or not all(type(layer) is int for layer in self.dense_layers):

@@ -26,7 +26,8 @@ from draftattn.eval.kernel_timing import Times, clocks_under_load, time_in_turns
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.api import BlockMeans
 from draftattn.kernels.pooling import pool_blocks
-from draftattn.policy import CallContext, DraftPolicy
+from draftattn.policies.draft import DraftPolicy
+from draftattn.policy import CallContext
 
 SCHEMA = 1
 # A backward pass computes five products of the size of the two that the forward pass computes.

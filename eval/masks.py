@@ -61,7 +61,7 @@ class RecordingPolicy:
 
     >>> from draftattn import DraftConfig
     >>> from draftattn.layout import TokenGrid, block_layout
-    >>> from draftattn.policy import DraftPolicy
+    >>> from draftattn.policies.draft import DraftPolicy
     >>> layout = block_layout(TokenGrid(2, 4, 4), (1, 2, 4))
     >>> inputs = AttentionInputs(*torch.randn(3, 1, 32, 2, 16), layout)
     >>> recorder = RecordingPolicy(DraftPolicy(DraftConfig(sparsity=0.5)), layers=[0], steps=[3], heads=[1])

@@ -13,7 +13,8 @@ from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.layout import BlockLayout, block_layout
 from draftattn.pipelines.video import enable
-from draftattn.policy import CallContext, DraftPolicy, MaskPolicy
+from draftattn.policies import make_policy
+from draftattn.policy import CallContext, MaskPolicy
 
 
 class RecallProbe:
@@ -70,7 +71,7 @@ class RecallProbe:
                 moved = in_layout(inputs, layout)
                 exact[layout] = moved, exact_attention(moved, config, scale)
             moved, attention = exact[layout]
-            mask = DraftPolicy(config)(moved, context, scale)
+            mask = make_policy(config)(moved, context, scale)
             figures = measure_recall(moved, mask, attention, config, scale, seed=context.layer)
             call = {"layer": context.layer, "step": context.step, "branch": context.branch}
             self._on_row({"setting": name, **call, **figures})
@@ -117,7 +118,7 @@ def probe_run(
 
     backend = next(iter(settings.values())).backend
     dense = DraftConfig(sparsity=0.0, warmup=0, residual=False, backend=backend)
-    probe = RecallProbe(DraftPolicy(dense), settings, layers=layers, steps=steps, on_row=on_row)
+    probe = RecallProbe(make_policy(dense), settings, layers=layers, steps=steps, on_row=on_row)
     with enable(pipe, dense, policy=probe):
         pipe(
             **arguments,

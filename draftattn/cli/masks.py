@@ -166,9 +166,9 @@ def _generate(
     from draftattn.eval.generation import generate
     from draftattn.eval.masks import RecordingPolicy
     from draftattn.pipelines.video import enable
-    from draftattn.policy import DraftPolicy
+    from draftattn.policies import make_policy
 
-    recorder = RecordingPolicy(DraftPolicy(config), chosen["layers"], chosen["at-steps"], chosen["heads"])
+    recorder = RecordingPolicy(make_policy(config), chosen["layers"], chosen["at-steps"], chosen["heads"])
     with enable(pipe, config, policy=recorder):
         generation = generate(pipe, seed=seed, **arguments)
     return recorder.records, generation.video

@@ -19,7 +19,8 @@ from draftattn.pipelines.video import dispatch
 from draftattn.pipelines.video.adapter import TextTokens, TokenSite, VideoAdapter, resolve_layers
 from draftattn.pipelines.video.stats import StatsRecorder, Stopwatch
 from draftattn.pipelines.video.steps import StepClock, StepInfo
-from draftattn.policy import CallContext, DraftPolicy, MaskPolicy
+from draftattn.policies import make_policy
+from draftattn.policy import CallContext, MaskPolicy, ObservingPolicy
 
 
 class TransformerSession:
@@ -36,7 +37,7 @@ class TransformerSession:
         config: the settings.
         clock: tells the denoising step.
         recorder: takes the statistics.
-        policy: chooses the blocks; None for the config's draft policy.
+        policy: chooses the blocks; None for the one that the config names.
 
     Raises:
         InputError: if a dense layer does not exist, or an attention processor does not go through diffusers'
@@ -55,7 +56,7 @@ class TransformerSession:
     ) -> None:
         self.name = name
         self.config = config
-        self.policy: MaskPolicy = DraftPolicy(config) if policy is None else policy
+        self.policy: MaskPolicy = make_policy(config) if policy is None else policy
         self._adapter = adapter
         self._clock = clock
         self._recorder = recorder
@@ -176,15 +177,18 @@ class TransformerSession:
     ) -> Tensor:
         """Serves the self-attention of a layer: ``[B, S, H, D]`` in and out."""
         info = self._step
-        if not self._sparse_step or layer in self._dense_layers:
-            self._recorder.record(self.name, info.step, info.branch, layer)
-            attn_mask = None if self._text.mask_is_full else attn_mask
-            return dispatch.dense_attention(query, key, value, attn_mask, scale, self._rerouted[layer].backend)
         assert self._grid is not None
         layout = self.layout(query.device, query.shape[1] - self._grid.num_tokens)
-        watch = Stopwatch(query.device)
         inputs = AttentionInputs(query, key, value, layout, self._text.lengths)
-        mask = self.policy(inputs, CallContext(layer, info.step, info.num_steps, info.branch), scale)
+        context = CallContext(layer, info.step, info.num_steps, info.branch, info.run)
+        if not self._sparse_step or layer in self._dense_layers:
+            self._recorder.record(self.name, info.step, info.branch, layer)
+            if isinstance(self.policy, ObservingPolicy) and layer not in self._dense_layers:
+                self.policy.observe(inputs, context, scale)
+            attn_mask = None if self._text.mask_is_full else attn_mask
+            return dispatch.dense_attention(query, key, value, attn_mask, scale, self._rerouted[layer].backend)
+        watch = Stopwatch(query.device)
+        mask = self.policy(inputs, context, scale)
         watch.stop()
         self._recorder.record(self.name, info.step, info.branch, layer, mask.density, watch)
         return attend(inputs, mask, self.config, scale=scale)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from draftattn import BlockLayout, BlockMask, DraftConfig, InputError, TokenGrid, block_layout, draft_attention
 from draftattn.inputs import AttentionInputs
-from draftattn.policy import CallContext, DraftPolicy
+from draftattn.policies.draft import DraftPolicy
+from draftattn.policy import CallContext
 
 GRIDS = [TokenGrid(2, 16, 16), TokenGrid(3, 5, 7), TokenGrid(1, 1, 1)]
 BACKENDS = ["reference", "auto"]

@@ -12,7 +12,8 @@ from draftattn.eval.recall_probe import RecallProbe, in_layout, probe_run
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.layout import BlockLayout
-from draftattn.policy import CallContext, DraftPolicy
+from draftattn.policies.draft import DraftPolicy
+from draftattn.policy import CallContext
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = TokenGrid(2, 5, 7)

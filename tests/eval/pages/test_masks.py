@@ -27,7 +27,8 @@ from draftattn.eval.masks import MaskRecord, RecordingPolicy, block_boxes, sprea
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.layout import TokenGrid, block_layout
-from draftattn.policy import CallContext, DraftPolicy
+from draftattn.policies.draft import DraftPolicy
+from draftattn.policy import CallContext
 
 TINY_WAN = str(Path(__file__).parents[3] / "assets" / "tiny-wan")
 GRIDS = [((3, 5, 7), (1, 2, 4)), ((5, 3, 9), (2, 2, 4)), ((1, 1, 1), (1, 1, 1)), ((4, 8, 8), (4, 4, 4))]
