@@ -51,22 +51,26 @@ def lpips(video: Tensor, reference: Tensor) -> Tensor:
     channels, height, width = video.shape[1:]
     if channels != 3 or min(height, width) < MIN_SIDE:
         raise ValueError(f"LPIPS needs 3 channels and at least {MIN_SIDE} pixels a side; got {list(video.shape)}")
-    weights = _load_weights(video.device)
+    weights = load_weights(video.device)
     count = max(1, _PIXELS_PER_BATCH // (height * width))
     with torch.no_grad(), exact_convolutions():
-        values = [_distance(x, y, weights) for x, y in zip(video.split(count), reference.split(count), strict=True)]
+        values = [
+            weighted_distance(x, y, weights) for x, y in zip(video.split(count), reference.split(count), strict=True)
+        ]
     return torch.cat(values)
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # a cached inference tensor would break later autograd
-def _load_weights(device: torch.device) -> dict[str, Tensor]:
+def load_weights(device: torch.device) -> dict[str, Tensor]:
+    """Weights of AlexNet and of the published heads, float32, kept per device."""
     from safetensors.torch import load_file
 
     return {name: weight.to(device, torch.float32) for name, weight in load_file(WEIGHTS).items()}
 
 
-def _distance(video: Tensor, reference: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def weighted_distance(video: Tensor, reference: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """What `lpips` returns, for float frames in [0, 1] in one batch and with gradients."""
     shift, scale = (video.new_tensor(values).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
     x = (2 * torch.cat([video, reference]) - 1 - shift) / scale
     total = video.new_zeros(len(video))
