@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -94,7 +95,16 @@ def reasons_against_dense(backend: DenseBackend, query: Tensor, key: Tensor, val
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
             reasons.append("its gradients are slower than torch's")
         return reasons
-    return [] if query.device.type == "cuda" else [f"tensors are on {query.device.type}, it needs a CUDA device"]
+    if query.device.type != "cuda":
+        return [f"tensors are on {query.device.type}, it needs a CUDA device"]
+    heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+    call = cuda.SDPAParams(*heads_first, None, 0.0, False, query.shape[2] != key.shape[2])  # type: ignore
+    serves = cuda.can_use_cudnn_attention(call) if backend == "cudnn" else cuda.can_use_flash_attention(call)
+    return [] if serves else [f"torch's {backend} kernel refuses {_described(query)} with {_described(key)}"]
+
+
+def _described(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
 @functools.lru_cache(maxsize=8)

@@ -36,7 +36,12 @@ def _online_softmax(b_s, b_v, b_acc, b_max, b_sum, scale_log2):
     # [M] rescales what was summed so far
     b_rescale = tl.exp2(b_max * scale_log2 - b_pivot)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision="ieee")
+    if b_v.dtype == tl.float32:
+        # a product that adds to what was summed before rounds it once per key; fma keeps the compiler from joining them
+        b_pv = tl.dot(b_p, b_v, input_precision="ieee")
+        b_acc = tl.fma(b_acc, tl.broadcast_to(b_rescale[:, None], b_acc.shape), b_pv)
+    else:
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None])
     return b_acc, b_new_max, b_sum
 
 
