@@ -71,9 +71,9 @@ def load_pipeline(
     except OSError as error:
         raise InputError(f"model {model!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
     if offload == "model":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload()
+        pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
     return pipe

@@ -43,6 +43,9 @@ def run_study(
     load: Callable[[], Any],
     device: torch.device,
     listener: Listener | None = None,
+    *,
+    keep_videos: bool = True,
+    mine: Callable[[Run], bool] = lambda run: True,
 ) -> None:
     """Makes the runs of a study that are not complete yet, one after another; may be stopped at any moment.
 
@@ -55,22 +58,34 @@ def run_study(
         load: gives the pipeline; called only if something is left to do.
         device: where it runs.
         listener: told of progress.
+        keep_videos: whether the videos are written; without them there is no report.
+        mine: which runs to make, where several processes share them; a dense run and those compared with it belong
+            together.
     """
     listener = listener or Listener()
-    outstanding = folder.outstanding(study)
+    outstanding = [run for run in folder.outstanding(study) if mine(run)]
     if outstanding:
         listener.phase("loading the model")
         pipe = load()
         with _quiet(pipe):
-            _Maker(folder, study, pipe, device, listener).make_all(outstanding)
+            _Maker(folder, study, pipe, device, listener, keep_videos).make_all(outstanding)
     folder.write_results()
 
 
 class _Maker:
     """Makes runs with a loaded pipeline."""
 
-    def __init__(self, folder: StudyFolder, study: Study, pipe: Any, device: torch.device, listener: Listener) -> None:
+    def __init__(
+        self,
+        folder: StudyFolder,
+        study: Study,
+        pipe: Any,
+        device: torch.device,
+        listener: Listener,
+        keep_videos: bool,
+    ) -> None:
         self.folder, self.study, self.pipe, self.device, self.listener = folder, study, pipe, device, listener
+        self.keep_videos = keep_videos
         self.warmed: set[str | None] = set()
         # The dense frames of the latest prompt and seed, read back from disk if they were made earlier.
         self.dense_frames: tuple[Run, Tensor] | None = None
@@ -159,7 +174,8 @@ class _Maker:
         )
 
     def _save_video(self, run: Run, frames: Tensor) -> None:
-        save_video(self.folder.video_file(run), frames.float() / 255, self.study.fps)
+        if self.keep_videos:
+            save_video(self.folder.video_file(run), frames.float() / 255, self.study.fps)
 
     def _dense_frames(self, run: Run) -> Tensor:
         if self.dense_frames is None or self.dense_frames[0] != run:

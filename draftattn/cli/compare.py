@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from draftattn.cli import grid, options, tables
+from draftattn.cli.processes import join_processes
 from draftattn.files import check_writable
 
 if TYPE_CHECKING:
     from draftattn.eval.run_study import Listener
-    from draftattn.eval.study import Study, StudyFolder
+    from draftattn.eval.study import Run, Study, StudyFolder
 
 
 def compare(
@@ -59,11 +60,15 @@ def compare(
     tile: grid.Tiles = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
+    policy: grid.Policies = None,
+    means: grid.Means = None,
+    draft_keys: grid.DraftKeys = None,
 ) -> None:
     """Compare settings with dense attention, on many prompts and seeds.
 
     Makes the dense video of each prompt and seed once and one video for every setting, measures time, density, PSNR,
     SSIM, LPIPS and flicker, and writes report.html. A stopped run loses nothing: the same command continues it.
+    Under torchrun or accelerate launch every GPU takes its share of prompts and seeds.
     """
     from draftattn.eval import loading
     from draftattn.eval.metrics import METRICS, check_metrics
@@ -71,12 +76,16 @@ def compare(
     from draftattn.eval.run_study import run_study
     from draftattn.eval.study import Study, StudyFolder
 
-    settings = grid.read_settings(preset, sparsity, warmup, selection, residual, tile, dense_layers, backend)
+    settings = grid.read_settings(
+        preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy, means, draft_keys
+    )
     prompts = grid.read_prompts(prompt, prompt_file, vbench, max_prompts)
-    device = options.default_device()
+    processes = join_processes(options.default_device())
+    device = processes.device
     weights_dtype = options.resolve_dtype(dtype, device)
     options.check_numbers(steps, guidance, fps, offload, device)
     console = tables.wide_console(stderr=json)
+    console.quiet = not processes.is_main
     with console.status("reading the model's configuration"):
         size = {"height": height, "width": width, "num_frames": frames}
         index = loading.check_generation(
@@ -100,7 +109,16 @@ def compare(
     if image is not None:
         loading.read_image(image, None, None)
     check_writable(output / "study.json")
+    # the first process makes the folder, and all have it open before anything is written into it
+    if not processes.is_main:
+        processes.wait()
     folder = StudyFolder.open(output, study, device)
+    if processes.is_main:
+        processes.wait()
+    processes.wait()
+
+    def mine(run: Run) -> bool:
+        return (run.seed * len(folder.content["prompts"]) + run.prompt) % processes.count == processes.index
 
     def load() -> Any:
         pipe = loading.load_pipeline(model, index, weights_dtype, device, offload.value)
@@ -109,8 +127,14 @@ def compare(
         return pipe
 
     try:
-        with _listener(console, folder, study, json) as listener:
-            run_study(folder, study, load, device, listener)
+        with _listener(console, folder, study, json and processes.is_main, mine) as listener:
+            run_study(folder, study, load, device, listener, mine=mine)
+            processes.wait()
+            if not processes.is_main:
+                return
+            for row in folder.rows_of(study):
+                listener.result(row)
+        folder.write_results()
         with console.status("writing the report"):
             report = write_report(output)
     except KeyboardInterrupt:
@@ -122,20 +146,25 @@ def compare(
 
 
 @contextmanager
-def _listener(console: Console, folder: StudyFolder, study: Study, json: bool) -> Iterator[Listener]:
-    """Shows steps done and time left for the whole study."""
+def _listener(
+    console: Console, folder: StudyFolder, study: Study, json: bool, mine: Callable[[Run], bool]
+) -> Iterator[Listener]:
+    """Shows steps done and time left for this process's part of the study, and every line once."""
     from draftattn.eval.run_study import Listener
     from draftattn.eval.study import to_line
 
-    outstanding = len(folder.outstanding(study))
-    done = len(folder.runs_of(study)) - outstanding
+    runs, missing = folder.runs_of(study), folder.outstanding(study)
+    outstanding = sum(map(mine, missing))
+    shown: set[tuple[str, int, int]] = set()
 
     def show(row: dict[str, Any]) -> None:
-        if json:
+        name = row["setting"], row["prompt"], row["seed"]
+        if json and name not in shown:
             typer.echo(to_line(row))
+        shown.add(name)
 
-    if done:
-        console.print(f"{done} of {done + outstanding} videos are there already")
+    if len(missing) < len(runs):
+        console.print(f"{len(runs) - len(missing)} of {len(runs)} videos are there already")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

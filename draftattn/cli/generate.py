@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from draftattn.cli import options
+from draftattn.cli.processes import join_processes
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
 from draftattn.files import check_writable
@@ -56,6 +57,7 @@ def generate(
         typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower, least memory)."),
     ] = options.Offload.none,
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles, for less memory.")] = False,
+    context_parallel: options.ContextParallelOption = options.ContextParallel.none,
     preset: options.Preset = None,
     sparsity: options.Sparsity = None,
     warmup: options.Warmup = None,
@@ -64,10 +66,20 @@ def generate(
     tile: options.TileOption = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
+    policy: options.Policy = None,
+    schedule: options.Schedule = None,
 ) -> None:
-    """Generate videos with draft attention."""
-    config = options.draft_config(preset, sparsity, warmup, selection, residual, tile, dense_layers, backend)
-    device = options.default_device()
+    """Generate videos with draft attention.
+
+    Under torchrun or accelerate launch every GPU makes its share of the prompts; with --context-parallel ulysses all
+    of them make each video together.
+    """
+    config = options.draft_config(
+        preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy, schedule
+    )
+    processes = join_processes(options.default_device())
+    device, together = processes.device, context_parallel is options.ContextParallel.ulysses
+    console.quiet = not processes.is_main
     weights_dtype = options.resolve_dtype(dtype, device)
     options.check_numbers(steps, guidance, fps, offload, device)
     if not 0 <= seed < 2**63:
@@ -80,6 +92,8 @@ def generate(
     with console.status("reading the model's configuration"):
         from draftattn.eval import loading
         from draftattn.pipelines.video import enable
+        from draftattn.pipelines.video.adapter import adapter_for
+        from draftattn.pipelines.video.parallel import check_spread, spread_pipeline
 
         index = loading.check_generation(
             model,
@@ -91,6 +105,8 @@ def generate(
             dtype=weights_dtype,
             device=device,
         )
+        if together:
+            check_spread(adapter_for(index["transformer"][1]), processes.count, device)
     for paths in targets:
         paths.check_writable()
     if image is not None:
@@ -100,6 +116,8 @@ def generate(
     pipe = loading.load_pipeline(model, index, weights_dtype, device, offload.value)
     if vae_tiling:
         pipe.vae.enable_tiling()
+    if together:
+        spread_pipeline(pipe, processes.count, _num_tokens(model, index, height, width, frames))
     enable(pipe, config)
     settings = {
         "model": model,
@@ -113,9 +131,25 @@ def generate(
         "seed": seed,
         "dtype": str(weights_dtype).removeprefix("torch."),
         "offload": offload.value,
+        "processes": processes.count if together else 1,
     }
-    for text, paths in zip(prompts, targets, strict=True):
-        _one_prompt(pipe, config, {**arguments, "prompt": text}, {**settings, "prompt": text}, seed, fps, paths, device)
+    jobs = list(zip(prompts, targets, strict=True))
+    pipe.set_progress_bar_config(disable=not processes.is_main)
+    for text, paths in jobs if together else processes.share(jobs):
+        call, said = {**arguments, "prompt": text}, {**settings, "prompt": text}
+        _one_prompt(pipe, config, call, said, seed, fps, paths, device, writes=processes.is_main or not together)
+
+
+def _num_tokens(model: str, index: dict[str, Any], height: int | None, width: int | None, frames: int | None) -> int:
+    """Tokens of a video of this size, the pipeline's own where a side is None."""
+    from draftattn.eval.loading import default_arguments
+    from draftattn.pipelines.video.adapter import adapter_for
+    from draftattn.pipelines.video.checks import component_config
+
+    configs = (component_config(model, component) for component in ("vae", "transformer"))
+    side, frame_step = adapter_for(index["transformer"][1]).size_multiples(*configs)
+    size = {**default_arguments(index), **_pipeline_arguments(None, height, width, frames, 1, None)}
+    return ((size["num_frames"] - 1) // frame_step + 1) * (size["height"] // side) * (size["width"] // side)
 
 
 def _read_prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
@@ -183,6 +217,7 @@ def _one_prompt(
     fps: int,
     paths: _Outputs,
     device: torch.device,
+    writes: bool,
 ) -> None:
     from draftattn.eval.comparison import compare, save_json
     from draftattn.eval.video import save_video
@@ -193,10 +228,13 @@ def _one_prompt(
     if paths.dense is not None:
         disable(pipe)
         dense = _run(pipe, "dense", arguments, seed)
-        save_video(paths.dense, dense.video, fps)
+        if writes:
+            save_video(paths.dense, dense.video, fps)
         enable(pipe, config)
     draft = _run(pipe, "draft", arguments, seed)
     stats: DraftStats = pipe.draft.stats()
+    if not writes:
+        return
     save_video(paths.draft, draft.video, fps)
     if dense is None:
         console.print(f"{paths.draft}: {draft.seconds:.1f} s, density of sparse layers {stats.density:.3f}")
@@ -212,7 +250,7 @@ def _one_prompt(
 def _run(pipe: Any, name: str, arguments: dict[str, Any], seed: int) -> Generation:
     from draftattn.eval.generation import generate as generate_video
 
-    pipe.set_progress_bar_config(desc=name)
+    pipe.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "desc": name})
     status = console.status(f"{name}: decoding the video")
     try:
         return generate_video(pipe, seed=seed, on_decode=status.start, **arguments)

@@ -47,6 +47,8 @@ class VideoAdapter(ABC):
     transformer_classes: ClassVar[tuple[str, ...]]
     token_sites: ClassVar[tuple[TokenSite, ...]]
     vae_in_float32: ClassVar[bool] = False  # what the model's authors recommend
+    # Text shares the sequence of the self-attention, whose mask says no more than `prepare_text` does.
+    has_text_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def token_grid(self, transformer: Any, arguments: dict[str, Any]) -> TokenGrid:
@@ -60,6 +62,10 @@ class VideoAdapter(ABC):
         """Looks at the text of a forward call; may shorten it in ``arguments`` where that changes no result."""
         del arguments
         return TextTokens()
+
+    def reroute_processor(self, processor: Any) -> Any:
+        """What an attention module gets while it is rerouted, for a copy of its processor that may be changed."""
+        return processor
 
     def frame_order_reason(self, transformer: Any, arguments: dict[str, Any]) -> str | None:
         """Why this call needs frames to stay in order, which tiles of several frames would break; None if not."""
@@ -78,9 +84,10 @@ class VideoAdapter(ABC):
 def all_adapters() -> tuple[VideoAdapter, ...]:
     """Every supported model family."""
     from draftattn.pipelines.video.hunyuan_video import HunyuanVideoAdapter
+    from draftattn.pipelines.video.hunyuan_video_15 import HunyuanVideo15Adapter
     from draftattn.pipelines.video.wan import WanAdapter
 
-    return (WanAdapter(), HunyuanVideoAdapter())
+    return (WanAdapter(), HunyuanVideoAdapter(), HunyuanVideo15Adapter())
 
 
 def resolve_layers(layers: tuple[int, ...], num_layers: int) -> frozenset[int]:

@@ -73,7 +73,7 @@ def enable(
 
     Works on a diffusers pipeline (all its transformers; ``pipeline.draft`` is then the handle) or on one transformer.
     Enabling again replaces the settings. Stock processors stay in place, so LoRA, QKV fusion, offloading and
-    callbacks work as before.
+    callbacks work as before. Compiled models stay compiled, whether blocks (``compile_repeated_blocks``) or whole.
 
     Args:
         pipeline_or_transformer: a pipeline with a supported transformer, or the transformer.
@@ -128,12 +128,17 @@ def disable(pipeline_or_transformer: Any) -> None:
 
 def _transformers_of(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
-        return {"transformer": target}
+        return {"transformer": _uncompiled(target)}
     found = {name: getattr(target, name, None) for name in ("transformer", "transformer_2")}
-    transformers = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    transformers = {name: _uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
     if not transformers:
         raise InputError(
             f"{type(target).__name__} has no transformer; draft attention runs on pipelines with one of "
             f"{', '.join(supported_classes())}"
         )
     return transformers
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile(module)`` returns; others as they are."""
+    return getattr(module, "_orig_mod", module)

@@ -25,6 +25,7 @@ class HunyuanVideoAdapter(VideoAdapter):
     """Joint attention over video tokens followed by text tokens; dual-stream blocks first, then single-stream."""
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
+    has_text_tokens: ClassVar[bool] = True
     token_sites: ClassVar[tuple[TokenSite, ...]] = (
         TokenSite("x_embedder", dims=(1,)),
         TokenSite("rope", dims=(0,)),

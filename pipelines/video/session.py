@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +16,11 @@ from draftattn.attention import attend
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
 from draftattn.inputs import AttentionInputs
-from draftattn.layout import BlockLayout, TokenGrid, block_layout
+from draftattn.layout import BlockLayout, TokenGrid, block_layout, spans_frames
 from draftattn.pipelines.video import dispatch
 from draftattn.pipelines.video.adapter import TextTokens, TokenSite, VideoAdapter, resolve_layers
-from draftattn.pipelines.video.stats import StatsRecorder, Stopwatch
+from draftattn.pipelines.video.parallel import check_parallelism, exchange_heads, output_split
+from draftattn.pipelines.video.stats import StatsRecorder, Stopwatch, named_range
 from draftattn.pipelines.video.steps import StepClock, StepInfo
 from draftattn.policies import make_policy
 from draftattn.policy import CallContext, MaskPolicy, ObservingPolicy
@@ -29,6 +32,9 @@ class TransformerSession:
     Once per forward the video tokens and the rotary table change into blocked order, and back after the last
     projection; this holds for every step, so that caches which carry activations from step to step stay valid. The
     self-attention processors are pointed to draft attention only while the forward runs.
+
+    Under ``torch.compile`` the hooks of the whole transformer run outside the graph, those of the token sites inside,
+    and an attention call is one node of it.
 
     Args:
         name: what to call the transformer in statistics and messages.
@@ -65,74 +71,91 @@ class TransformerSession:
         self._dense_layers = resolve_layers(config.dense_layers, len(layers))
         for layer, attention in enumerate(layers):
             dispatch.check_processor(attention, f"{name} attention layer {layer}")
+        self._slots = [dispatch.LayerSlot(self, layer, adapter.has_text_tokens) for layer in range(len(layers))]
         self._root_handles: list[RemovableHandle] = []
-        self._inner_handles: list[RemovableHandle] = []
-        self._hooked: list[weakref.ref[nn.Module]] = []
+        self._sites: list[_SiteHook] = []
         self._rerouted: list[dispatch.Reroute] = []
-        self._grid: TokenGrid | None = None
-        self._text = TextTokens()
         self._step = StepInfo()
         self._sparse_step = False
+        # of the forward in progress
+        self._grid: TokenGrid | None = None
+        self._text = TextTokens()
+        self._layouts: dict[tuple[torch.device, int], BlockLayout] = {}
+        self._tile = config.tile
+        self._key_mask: Tensor | None = None
 
     def install(self) -> None:
         """Registers the hooks."""
         transformer = self.transformer
         self._clock.install()
         self._root_handles = [
-            transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            transformer.register_forward_hook(self._after_forward, always_call=True),
+            transformer.register_forward_pre_hook(torch.compiler.disable(self._before_forward), with_kwargs=True),
+            transformer.register_forward_hook(torch.compiler.disable(self._after_forward), always_call=True),
         ]
 
     def remove(self) -> None:
         """Takes every hook away; the transformer is as it was."""
         self._restore_processors()
-        self._grid = None
-        for handle in (*self._root_handles, *self._inner_handles):
+        self._forget_forward()
+        for handle in self._root_handles:
             handle.remove()
-        self._root_handles, self._inner_handles, self._hooked = [], [], []
+        for site in self._sites:
+            site.remove()
+        self._root_handles, self._sites = [], []
         self._clock.remove()
 
     def _before_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._restore_processors()  # an interrupt may have skipped _after_forward
-        arguments = _arguments_by_name(transformer, args, kwargs)
+        self._forget_forward()
+        arguments = {**dict(zip(_argument_names(cast(Any, type(transformer))), args, strict=False)), **kwargs}
         self._step = self._clock.read()
         self._sparse_step = self._is_sparse(self._step)
         self._recorder.begin_forward(self.name, self._step)
-        self._check_call(transformer, arguments)
+        grid = self._adapter.token_grid(transformer, arguments)
+        self._check_call(transformer, arguments, grid)
         self._text = self._adapter.prepare_text(arguments)
-        self._hook_inner_modules(transformer)
-        self._grid = self._adapter.token_grid(transformer, arguments)
-        for layer, attention in enumerate(self._adapter.attention_layers(transformer)):
-            dispatch.check_processor(attention, f"{self.name} attention layer {layer}")
-            self._rerouted.append(dispatch.Reroute(attention))
+        self._hook_sites(transformer)
+        self._grid = grid
+        layout = self.layout(arguments["hidden_states"].device)
+        for site in self._sites:
+            site.begin(layout)
+        for slot, attention in zip(self._slots, self._adapter.attention_layers(transformer), strict=True):
+            dispatch.check_processor(attention, f"{self.name} attention layer {len(self._rerouted)}")
+            self._rerouted.append(dispatch.Reroute(attention, slot, self._adapter))
         return (), arguments
 
     def _after_forward(self, transformer: nn.Module, args: Any, output: Any) -> None:
-        del transformer, args, output
+        del transformer, args
+        missed = [site.name for site in self._sites if not site.passed]
         self._restore_processors()
-        self._grid = None
+        self._forget_forward()
+        if missed and output is not None:
+            raise RuntimeError(
+                f"{self.name} ran a graph that was compiled before draft attention was enabled: tokens were not "
+                f"reordered at {', '.join(missed)}. Call torch.compiler.reset() once after enabling"
+            )
 
     def _restore_processors(self) -> None:
         for reroute in self._rerouted:
             reroute.undo()
         self._rerouted = []
 
-    def _hook_inner_modules(self, transformer: nn.Module) -> None:
-        """Hooks token sites and attention modules, anew if some were replaced since (a LoRA wraps layers)."""
-        sites = [(site, getattr(transformer, site.name)) for site in self._adapter.token_sites]
-        layers = self._adapter.attention_layers(transformer)
-        modules = [*(module for _, module in sites), *layers]
-        if [reference() for reference in self._hooked] == modules:
+    def _forget_forward(self) -> None:
+        self._grid, self._text, self._layouts, self._key_mask = None, TextTokens(), {}, None
+        self._tile = self.config.tile
+        for site in self._sites:
+            site.end()
+
+    def _hook_sites(self, transformer: nn.Module) -> None:
+        """Hooks the token sites, anew if some were replaced since (a LoRA wraps layers)."""
+        modules = [getattr(transformer, site.name) for site in self._adapter.token_sites]
+        if [site.module for site in self._sites] == modules:
             return
-        for handle in self._inner_handles:
-            handle.remove()
-        self._inner_handles = [
-            *(module.register_forward_hook(_SiteHook(self, site)) for site, module in sites),
-            *(module.register_forward_pre_hook(_LayerHook(self, layer)) for layer, module in enumerate(layers)),
-        ]
-        self._hooked = [weakref.ref(module) for module in modules]
+        for site in self._sites:
+            site.remove()
+        self._sites = [_SiteHook(site, module) for site, module in zip(self._adapter.token_sites, modules, strict=True)]
 
     def _is_sparse(self, info: StepInfo) -> bool:
         if info.step is not None and info.num_steps is not None:
@@ -145,37 +168,39 @@ class TransformerSession:
             "num_inference_steps=…), or set warmup=0"
         )
 
-    def _check_call(self, transformer: Any, arguments: dict[str, Any]) -> None:
-        if getattr(transformer, "_parallel_config", None) is not None:
-            raise InputError(f"{self.name} has context parallelism on; draft attention runs on one device so far")
+    def _check_call(self, transformer: Any, arguments: dict[str, Any], grid: TokenGrid) -> None:
+        check_parallelism(getattr(transformer, "_parallel_config", None), self.name, self._adapter, grid)
         if torch.is_grad_enabled() and getattr(transformer, "is_gradient_checkpointing", False):
             raise InputError(f"{self.name} has gradient checkpointing on, whose second forward would be dense")
-        if self.config.tile is not None and self.config.tile[0] > 1:
-            reason = self._adapter.frame_order_reason(transformer, arguments)
-            if reason is not None:
-                raise InputError(f"tile is {self.config.tile}; {self.name} needs tiles of one frame, because {reason}")
+        reason = self._adapter.frame_order_reason(transformer, arguments)
+        if reason is not None and spans_frames(self.config.tile):
+            raise InputError(f"tile is {self.config.tile}; {self.name} needs tiles of one frame, because {reason}")
+        if reason is not None and self.config.tile == "auto":
+            self._tile = "frame"
 
     def layout(self, device: torch.device, num_text_tokens: int = 0) -> BlockLayout:
         """The block layout of the forward in progress."""
         assert self._grid is not None
-        return block_layout(
-            self._grid,
-            self.config.tile,
-            block_size=self.config.block_size,
-            num_text_tokens=num_text_tokens,
-            device=device,
-        )
+        found = self._layouts.get((device, num_text_tokens))
+        if found is None:
+            found = self._layouts[device, num_text_tokens] = block_layout(
+                self._grid,
+                self._tile,
+                block_size=self.config.block_size,
+                num_text_tokens=num_text_tokens,
+                device=device,
+            )
+        return found
 
-    def attention(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
+    def attention(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Serves the self-attention of a layer: ``[B, S, H, D]`` in and out."""
+        parallel_config = self._rerouted[layer].parallel_config
+        if parallel_config is None:
+            return self._attention(layer, query, key, value, scale=scale)
+        attention = functools.partial(self._attention, layer, scale=scale)
+        return exchange_heads(parallel_config, query, key, value, attention)
+
+    def _attention(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
         info = self._step
         assert self._grid is not None
         layout = self.layout(query.device, query.shape[1] - self._grid.num_tokens)
@@ -185,18 +210,26 @@ class TransformerSession:
             self._recorder.record(self.name, info.step, info.branch, layer)
             if isinstance(self.policy, ObservingPolicy) and layer not in self._dense_layers:
                 self.policy.observe(inputs, context, scale)
-            attn_mask = None if self._text.mask_is_full else attn_mask
-            return dispatch.dense_attention(query, key, value, attn_mask, scale, self._rerouted[layer].backend)
+            backend, kernel = self._rerouted[layer].backend, self.config.dense_backend
+            with named_range("draftattn.dense"):
+                return dispatch.dense_attention(query, key, value, self._mask_of_keys(query), scale, backend, kernel)
         watch = Stopwatch(query.device)
-        mask = self.policy(inputs, context, scale)
+        with named_range("draftattn.mask"):
+            mask = self.policy(inputs, context, scale)
         watch.stop()
         self._recorder.record(self.name, info.step, info.branch, layer, mask.density, watch)
-        return attend(inputs, mask, self.config, scale=scale)
+        with named_range("draftattn.attention"):
+            return attend(inputs, mask, self.config, scale=scale)
 
-    @property
-    def in_forward(self) -> bool:
-        """Whether the transformer's forward is running."""
-        return self._grid is not None
+    def _mask_of_keys(self, query: Tensor) -> Tensor | None:
+        """bool ``[B, 1, 1, S]``: the valid tokens of each item; None where all are valid."""
+        if self._text.lengths is None:
+            return None
+        if self._key_mask is None or self._key_mask.device != query.device:
+            assert self._grid is not None
+            ends = (self._grid.num_tokens + self._text.lengths.to(query.device))[:, None, None, None]
+            self._key_mask = torch.arange(query.shape[1], device=query.device) < ends
+        return self._key_mask
 
     @property
     def transformer(self) -> nn.Module:
@@ -207,44 +240,54 @@ class TransformerSession:
 
 
 class _SiteHook:
-    """Reorders the tokens in a module's output."""
+    """Reorders the tokens in a module's output while a forward runs."""
 
-    def __init__(self, session: TransformerSession, site: TokenSite) -> None:
-        self._session, self._site = session, site
+    def __init__(self, site: TokenSite, module: nn.Module) -> None:
+        self.name, self.restores = site.name, site.restores
+        self.first, self.last = site.dims[0], site.dims[-1]
+        self._module = weakref.ref(module)
+        self._handle = module.register_forward_hook(self._reorder_output, with_kwargs=True)
+        self._order: Tensor | None = None
+        self._split: Callable[[Any], Any] | None = None
+        self.passed = False
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        del module, args
-        if not self._session.in_forward:
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module()
+
+    def begin(self, layout: BlockLayout) -> None:
+        """A forward begins."""
+        module = self.module
+        assert module is not None
+        self._order = layout.inverse if self.restores else layout.permutation
+        self._split = output_split(module, self.name)
+        self.passed = False
+
+    def end(self) -> None:
+        """The forward is over."""
+        self._order = self._split = None
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def _reorder_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self._order is None:
             return output
+        self.passed = True  # torch.compile replays this when a graph runs that reorders
+        if self._split is not None:
+            # tokens change places before they are shared out to devices, so once more without that
+            output = cast(Any, type(module)).forward(module, *args, **kwargs)
         if isinstance(output, (tuple, list)):
-            return type(output)(self._reorder(tensor) for tensor in output)
-        return self._reorder(output)
+            output = tuple([self._reorder(x, self._order) for x in output])
+        else:
+            output = self._reorder(output, self._order)
+        return output if self._split is None else self._split(output)
 
-    def _reorder(self, x: Tensor) -> Tensor:
-        layout = self._session.layout(x.device)
-        first, last = self._site.dims[0], self._site.dims[-1]
-        flat = x.flatten(first, last)
-        flat = layout.from_blocks(flat, first) if self._site.restores else layout.to_blocks(flat, first)
-        return flat.view(x.shape)
-
-
-class _LayerHook:
-    """Says which layer the next attention call belongs to."""
-
-    def __init__(self, session: TransformerSession, layer: int) -> None:
-        self._session, self._layer = session, layer
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        del module, args
-        if self._session.in_forward:
-            dispatch.set_current_call(self._serve)
-
-    def _serve(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
-    ) -> Tensor:
-        return self._session.attention(self._layer, query, key, value, attn_mask, scale)
+    def _reorder(self, x: Tensor, order: Tensor) -> Tensor:
+        with named_range("draftattn.permutation"):
+            return x.flatten(self.first, self.last).index_select(self.first, order.to(x.device)).view(x.shape)
 
 
-def _arguments_by_name(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(type(transformer).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+@functools.lru_cache(maxsize=16)
+def _argument_names(transformer_class: Any) -> list[str]:
+    return list(inspect.signature(transformer_class.forward).parameters)[1:]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from diffusers import ParallelConfig, TensorParallelConfig
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from draftattn import BlockMask, InputError, TokenGrid, disable, enable
 from draftattn.inputs import AttentionInputs
@@ -23,11 +26,39 @@ def test_gradient_checkpointing(tiny: ModuleType) -> None:
     tiny.run(model, tiny.wan_inputs(GRID))  # without gradients nothing is run twice
 
 
-def test_context_parallelism(tiny: ModuleType) -> None:
+def test_tensor_parallelism(tiny: ModuleType) -> None:
     model = tiny.wan_transformer()
     enable(model, tiny.config())
-    model._parallel_config = object()  # what diffusers' enable_parallelism leaves
-    with pytest.raises(InputError, match="context parallelism"):
+    model._parallel_config = ParallelConfig(tensor_parallel_config=TensorParallelConfig(tp_degree=2))
+    with pytest.raises(InputError, match="transformer has tensor parallelism on"):
+        tiny.run(model, tiny.wan_inputs(GRID))
+    model._parallel_config = None
+    tiny.run(model, tiny.wan_inputs(GRID))
+
+
+def test_a_processor_that_hands_on_no_parallel_config(tiny: ModuleType) -> None:
+    class Processor(WanAttnProcessor):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self._parallel_config = None
+            return super().__call__(*args, **kwargs)
+
+    model = tiny.wan_transformer()
+    model.blocks[1].attn1.set_processor(Processor())
+    enable(model, tiny.config())
+    with pytest.raises(InputError, match="did not hand on its _parallel_config"):
+        tiny.run(model, tiny.wan_inputs(GRID))
+
+
+def test_an_attention_mask_where_the_model_has_none(tiny: ModuleType) -> None:
+    class Processor(WanAttnProcessor):
+        def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            mask = torch.ones(1, 1, 1, hidden_states.shape[1], dtype=torch.bool)
+            return super().__call__(attn, hidden_states, None, mask, args[-1])
+
+    model = tiny.wan_transformer()
+    model.blocks[1].attn1.set_processor(Processor())
+    enable(model, tiny.config())
+    with pytest.raises(InputError, match="draft attention would drop it"):
         tiny.run(model, tiny.wan_inputs(GRID))
 
 

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     UniPCMultistepScheduler,
@@ -95,6 +96,24 @@ def hunyuan_transformer(seed: int = 0, **changes: Any) -> HunyuanVideoTransforme
     return HunyuanVideoTransformer3DModel(**{**settings, **changes}).eval()
 
 
+def hunyuan_15_transformer(seed: int = 0, **changes: Any) -> HunyuanVideo15Transformer3DModel:
+    """Three layers of two heads, patches of one."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 3,
+        "num_refiner_layers": 1,
+        "text_embed_dim": TEXT_DIM,
+        "text_embed_2_dim": 8,
+        "image_embed_dim": 8,
+        "rope_axes_dim": (4, 6, 6),
+    }
+    return HunyuanVideo15Transformer3DModel(**{**settings, **changes}).eval()
+
+
 def wan_inputs(grid: TokenGrid, batch: int = 1, per_token_timesteps: bool = False) -> dict[str, Any]:
     """Arguments of a Wan forward."""
     generator = torch.Generator().manual_seed(1)
@@ -136,8 +155,38 @@ def hunyuan_inputs(grid: TokenGrid, lengths: tuple[int, ...] = (9,), num_text_to
     }
 
 
-def _latents(grid: TokenGrid, batch: int, channels: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(batch, channels, grid.frames, 2 * grid.height, 2 * grid.width, generator=generator)
+def hunyuan_15_inputs(
+    grid: TokenGrid,
+    lengths: tuple[int, ...] = (5,),
+    glyphs: tuple[int, ...] | None = None,
+    *,
+    has_image: bool = False,
+    num_text_tokens: int = 12,
+    padding_side: str = "right",
+) -> dict[str, Any]:
+    """Arguments of a HunyuanVideo-1.5 forward; ``glyphs`` are the lengths of the second text, none by default."""
+    generator = torch.Generator().manual_seed(1)
+    batch, num_image_tokens = len(lengths), 7
+
+    def mask(filled: tuple[int, ...], size: int) -> Tensor:
+        found = (torch.arange(size) < torch.tensor(filled)[:, None]).long()
+        return found if padding_side == "right" else found.flip(1)
+
+    image = torch.randn(batch, num_image_tokens, 8, generator=generator)
+    return {
+        "hidden_states": _latents(grid, batch, CHANNELS, generator, patch=1),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": torch.randn(batch, num_text_tokens, TEXT_DIM, generator=generator),
+        "encoder_attention_mask": mask(lengths, num_text_tokens),
+        "encoder_hidden_states_2": torch.randn(batch, 6, 8, generator=generator),
+        "encoder_attention_mask_2": mask((0,) * batch if glyphs is None else glyphs, 6),
+        "image_embeds": image if has_image else torch.zeros_like(image),
+        "return_dict": False,
+    }
+
+
+def _latents(grid: TokenGrid, batch: int, channels: int, generator: torch.Generator, patch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, grid.frames, patch * grid.height, patch * grid.width, generator=generator)
 
 
 @torch.no_grad()
