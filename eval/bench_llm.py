@@ -1,0 +1,293 @@
+"""Times of sparse attention systems against dense attention: one layer's prefill, and whole models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from draftattn.errors import InputError
+from draftattn.eval.environment import device_name, package_versions
+from draftattn.eval.kernel_timing import clocks_under_load, time_in_turns
+from draftattn.eval.llm_gate import check_system, small_call
+from draftattn.eval.llm_specs import DENSE, SystemSpec
+from draftattn.eval.perplexity import applied
+from draftattn.pipelines.llm.apply import make_system
+from draftattn.pipelines.llm.density import DensityRecorder
+from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem
+
+SCHEMA = 1
+GATE_TOKENS = {"cuda": 8192}  # by device; so many that a system leaves something out
+FEWER_GATE_TOKENS = 2048
+DEFAULT_SYSTEMS = (
+    "draft:density=0.1",
+    "moba:chunk_size=4096,top_k=12",
+    "moba:chunk_size=1024,top_k=12",
+    "infllm:query_block=32",
+    "minference",
+    "xattention",
+    "flexprefill",
+)
+# one line each: heads, key heads, head_dim, channels, of the feed-forward, layers, vocabulary
+ARCHITECTURES = {
+    "llama-1b": (32, 8, 64, 2048, 8192, 16, 128_256),
+    "llama-8b": (32, 8, 128, 4096, 14336, 32, 128_256),
+    "tiny": (4, 2, 16, 64, 96, 2, 64),
+}
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one layer's attention.
+
+    Args:
+        heads: query heads.
+        kv_heads: key heads.
+        head_dim: channels of a head.
+        batch: sequences.
+    """
+
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if min(asdict(self).values()) < 1 or self.heads % self.kv_heads:
+            raise InputError(
+                f"heads is {self.heads}, kv_heads {self.kv_heads}, head_dim {self.head_dim}, batch {self.batch}; all "
+                "must be at least 1, and kv_heads divide heads"
+            )
+
+
+@torch.no_grad()
+def bench_attention(
+    shape: AttentionShape,
+    lengths: Sequence[int],
+    systems: Sequence[SystemSpec],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float = 0.3,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Times causal prefill attention of one layer by systems and by dense attention, in turns, selection included.
+
+    Queries, keys and values are random and smooth along the sequence. Rules with a mass threshold keep more of such
+    data than of a model's, so a row says the density it realised. Each system is first checked against float64 on the
+    first tokens of one key head; one that fails is not timed. ``dense_len`` is not applied.
+
+    Returns:
+        Rows of ``length`` and ``system`` with times in seconds, ``speedup`` over dense (cuDNN's attention on a CUDA
+        GPU, torch's elsewhere), ``density`` and ``selection_seconds``; ``red`` names systems that failed the check.
+    """
+    rows, gates = [], []
+    for length in lengths:
+        call = random_call(shape, length, dtype, device)
+        made = {spec.text: _system(spec) for spec in systems if spec.name != DENSE}
+        calls: dict[str, Callable[[], Any]] = {DENSE: lambda call=call: dense_yardstick(call)}  # type: ignore[misc]
+        for name, system in made.items():
+            on_progress(f"checking {name}, {length} tokens")
+            verdict = check_system(system, small_call(call, GATE_TOKENS.get(device.type, FEWER_GATE_TOKENS)))
+            gates.append({"system": name, "length": length, **(verdict or {"green": None})})
+            if verdict is None or verdict["green"]:
+                calls[name] = lambda system=system, call=call: system.attend(call)  # type: ignore[misc]
+                if system.mask_of(call) is not None:
+                    calls[f"{name} selection"] = lambda system=system, call=call: system.mask_of(call)  # type: ignore[misc]
+        on_progress(f"timing {length} tokens")
+        times = time_in_turns(calls, seconds, device)
+        dense = times[DENSE].median
+        on_progress(f"clocks, {length} tokens")
+        rows.append(
+            {
+                "length": length,
+                "system": DENSE,
+                "options": {},
+                "seconds": times[DENSE].to_json(),
+                "speedup": 1.0,
+                "density": 1.0,
+                "selection_seconds": None,
+                "clocks": clocks_under_load(calls[DENSE], dense, device),
+            }
+        )
+        for spec in systems:
+            if spec.text not in times:
+                continue
+            selection = times.get(f"{spec.text} selection")
+            rows.append(
+                {
+                    "length": length,
+                    **spec.to_json(),
+                    "seconds": times[spec.text].to_json(),
+                    "speedup": dense / times[spec.text].median,
+                    "density": _density(made[spec.text], call),
+                    "selection_seconds": None if selection is None else selection.median,
+                    "clocks": None,
+                }
+            )
+        del call, calls
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {
+        **_report("attention", dtype, device),
+        "shape": asdict(shape),
+        "baseline": "cuDNN causal attention" if device.type == "cuda" else "torch's causal attention",
+        "gate": gates,
+        "red": sorted({gate["system"] for gate in gates if gate["green"] is False}),
+        "rows": rows,
+    }
+
+
+@torch.no_grad()
+def bench_generation(
+    model: Any,
+    name: str,
+    lengths: Sequence[int],
+    systems: Sequence[SystemSpec],
+    *,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Times prefill and decoding of a whole model, dense and with systems, on random tokens.
+
+    Decoding is a loop of forward passes of one token with the cache, without sampling. Medians of ``repeats``.
+
+    Returns:
+        Rows of ``length`` and ``system`` with ``prefill_seconds``, ``decode_seconds`` per token, their speed-ups over
+        dense, and the ``density`` of the prefill.
+    """
+    device = model.device
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
+        dense: dict[str, Any] = {}
+        for spec in [SystemSpec(DENSE), *(spec for spec in systems if spec.name != DENSE)]:
+            on_progress(f"{spec.text}, {length} tokens")
+            with applied(model, spec) as recorder:
+                prefills, decodes, density = [], [], 1.0
+                for repeat in range(repeats + 1):
+                    prefill, decode = _generate(model, tokens, new_tokens, device)
+                    if repeat == 0 and recorder is not None:
+                        density = recorder.density()
+                        recorder.enabled = False
+                    if repeat:  # the first run compiles
+                        prefills.append(prefill)
+                        decodes.append(decode)
+            row = {
+                "length": length,
+                **spec.to_json(),
+                "prefill_seconds": median(prefills),
+                "decode_seconds": median(decodes),
+                "density": density,
+            }
+            dense = row if spec.name == DENSE else dense
+            row["prefill_speedup"] = dense["prefill_seconds"] / row["prefill_seconds"]
+            row["decode_speedup"] = dense["decode_seconds"] / row["decode_seconds"]
+            rows.append(row)
+    return {**_report("generation", model.dtype, device), "model": name, "new_tokens": new_tokens, "rows": rows}
+
+
+def random_model(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A Llama with random weights in the sizes of a known model; fewer layers on request.
+
+    Raises:
+        InputError: if the name is unknown.
+    """
+    if name not in ARCHITECTURES:
+        raise InputError(f"architecture is {name!r}; choose from {', '.join(ARCHITECTURES)}")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads, kv_heads, head_dim, hidden, inner, depth, vocabulary = ARCHITECTURES[name]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=depth if layers is None else layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=2**20,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_call(shape: AttentionShape, length: int, dtype: torch.dtype, device: torch.device) -> AttentionCall:
+    """Random tensors, seeded, that drift along the sequence, so that neighbours resemble each other."""
+    generator = torch.Generator(device=device).manual_seed(length)
+
+    def drifting(heads: int) -> Tensor:
+        size = shape.batch, length, heads, shape.head_dim
+        x = torch.randn(size, generator=generator, device=device, dtype=dtype)
+        marks = torch.randn(
+            shape.batch, -(-length // 64), heads, shape.head_dim, generator=generator, device=device, dtype=dtype
+        )
+        return x.add_(marks.repeat_interleave(64, dim=1)[:, :length])
+
+    query, key, value = (drifting(heads) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    return AttentionCall(query, key, value, shape.head_dim**-0.5, 0, nn.Identity())
+
+
+def dense_yardstick(call: AttentionCall) -> Tensor:
+    """Dense causal attention: cuDNN's on a CUDA GPU, torch's own elsewhere."""
+    query, key, value = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    backends = [SDPBackend.CUDNN_ATTENTION] if call.query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=call.scale, enable_gqa=call.query.shape[2] != call.key.shape[2]
+        )
+
+
+def _system(spec: SystemSpec) -> AttentionSystem:
+    system = make_system(spec.name, **dict(spec.options))
+    if type(system).forward is not AttentionSystem.forward or type(system).attach is not AttentionSystem.attach:
+        raise InputError(f"{spec.name} works inside a model only; time it with --model")
+    return system
+
+
+def _density(system: AttentionSystem, call: AttentionCall) -> float | None:
+    recorder = DensityRecorder()
+    system.attend(replace(call, recorder=recorder))
+    return recorder.density()
+
+
+def _generate(model: Any, tokens: Tensor, new_tokens: int, device: torch.device) -> tuple[float, float]:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    step = model(tokens, use_cache=True, logits_to_keep=1)
+    prefilled = now()
+    for _ in range(new_tokens):
+        token = step.logits[:, -1:].argmax(-1)
+        step = model(token, past_key_values=step.past_key_values, use_cache=True)
+    return prefilled - start, (now() - prefilled) / max(1, new_tokens)
+
+
+def _report(kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "versions": package_versions(),
+        "notes": {
+            "times": "seconds, choice of blocks included; attention: CUDA events on a GPU, systems timed in turns",
+            "density": "share of the causal pairs of a query and a key that was computed",
+        },
+    }

@@ -1,0 +1,211 @@
+"""InfLLM v2: compressed keys choose the blocks that a group of query heads attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftattn.errors import InputError
+from draftattn.kernels.api import block_sparse_attention
+from draftattn.kernels.backends import BackendName, reasons_against
+from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.compressed_scores import AlwaysChosen, compressed_block_scores
+from draftattn.kernels.selection import select_largest
+from draftattn.pipelines.llm.inputs import even_offsets
+from draftattn.pipelines.llm.nsa_compressed_attention import attend_compressed
+from draftattn.pipelines.llm.nsa_config import NSAConfig
+from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem, SystemConfig
+
+_CHUNK_SCORES = 2**26
+
+
+@dataclass(frozen=True)
+class InfLLMConfig(SystemConfig):
+    """Two stages without parameters: score blocks by means of overlapping windows of keys, then attend to the best.
+
+    Keys are averaged over windows of ``window`` tokens, one every ``stride``. The softmax of a query's scores with the
+    windows it sees whole, summed over the query heads of a group, is its compressed attention; a block's score is the
+    largest entry among the windows that touch it. The first blocks and the nearest ones are always chosen, and count
+    among ``top_k``. One softmax over the chosen blocks gives the output, and a group shares them. Decoding does the
+    same. Source: InfLLM v2, arXiv 2509.24663.
+
+    Args:
+        block_size: tokens of a block, a multiple of ``stride``, at most 128.
+        top_k: blocks that a query attends to.
+        initial_blocks: leading blocks that are always chosen.
+        local_tokens: the nearest tokens, whose blocks are always chosen; a multiple of ``block_size``.
+        window: tokens of a window of keys, twice the stride.
+        stride: tokens from a window to the next.
+        query_block: neighbouring queries that choose together, by their mean query. 1 is the published rule; more of
+            them fill the tiles of a GPU where few heads share keys. Decoding always chooses for each query alone.
+    """
+
+    dense_len: int = 8192
+    block_size: int = 64
+    top_k: int = 64
+    initial_blocks: int = 1
+    local_tokens: int = 2048
+    window: int = 32
+    stride: int = 16
+    query_block: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window != 2 * self.stride or self.stride < 1:
+            raise InputError(f"window is {self.window} and stride {self.stride}; a window must be two strides")
+        if not self.stride <= self.block_size <= 128 or self.block_size % self.stride:
+            raise InputError(
+                f"block_size is {self.block_size}; it must be a multiple of the stride {self.stride} up to 128"
+            )
+        if self.local_tokens < self.block_size or self.local_tokens % self.block_size:
+            raise InputError(f"local_tokens is {self.local_tokens}; it must be a multiple of {self.block_size}")
+        if self.initial_blocks < 0 or self.top_k < self.initial_blocks + self.local_tokens // self.block_size:
+            raise InputError(
+                f"top_k is {self.top_k} and initial_blocks {self.initial_blocks}; top_k must hold the initial blocks "
+                f"and {self.local_tokens // self.block_size} local ones"
+            )
+        if not 1 <= self.query_block <= 128:
+            raise InputError(f"query_block is {self.query_block}; it must be 1 to 128")
+
+
+class InfLLM(AttentionSystem):
+    """See `InfLLMConfig`."""
+
+    name, config_class, sparse_decode = "infllm", InfLLMConfig, True
+
+    def mask_of(self, call: AttentionCall) -> BlockMask:
+        """See `AttentionSystem.mask_of`."""
+        return infllm_mask(call.query.detach(), call.key.detach(), self.config, scale=call.scale)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """See `AttentionSystem.attend`."""
+        mask = self.mask_of(call)
+        call.record(mask)
+        return _attend(call.query, call.key, call.value, mask, call.scale)
+
+
+def infllm_attention(
+    query: Tensor, key: Tensor, value: Tensor, config: InfLLMConfig | None = None, *, scale: float | None = None
+) -> Tensor:
+    """Attention of every query to the blocks that its compressed attention finds.
+
+    Args:
+        query: ``[B, N, H, D]``; the last query stands at the last key.
+        key: ``[B, K, H_kv, D]``.
+        value: ``[B, K, H_kv, D]``.
+        config: the settings; ``dense_len`` and ``dense_layers`` have no meaning here.
+        scale: factor of the scores, ``D ** -0.5`` if None.
+
+    Returns:
+        ``[B, N, H, D]``.
+
+    >>> query, key, value = torch.randn(3, 1, 200, 2, 16).unbind()
+    >>> config = InfLLMConfig(block_size=32, top_k=3, local_tokens=32)
+    >>> infllm_attention(query, key, value, config).shape
+    torch.Size([1, 200, 2, 16])
+    """
+    config = InfLLMConfig() if config is None else config
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _attend(query, key, value, infllm_mask(query.detach(), key.detach(), config, scale=scale), scale)
+
+
+def infllm_mask(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: float) -> BlockMask:
+    """The blocks that each group of query heads chooses, a mask per key head. Never waits for the device."""
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    query_block = 1 if num_queries == 1 else config.query_block
+    query_offsets = even_offsets(num_queries, query_block, query.device)
+    key_offsets = even_offsets(num_keys, config.block_size, query.device)
+    num_blocks = key_offsets.shape[0] - 1
+    # where the last query of each block of queries stands
+    position = query_offsets[1:] - 1 + num_keys - num_queries
+    means = _means_of_blocks(query, query_block)
+    windows = compressed_keys(key, config.stride).to(query.dtype)
+    visible = (position + 1 - config.window).div(config.stride, rounding_mode="floor").add_(1).clamp_(min=0)
+    lse = _lse(means, windows, visible, num_keys - num_queries, config, scale)
+    always = AlwaysChosen(
+        position // config.block_size, config.initial_blocks, config.local_tokens // config.block_size
+    )
+    counts, ids = [], []
+    step = max(1, _CHUNK_SCORES // (query.shape[0] * key.shape[2] * num_blocks))
+    for start in range(0, means.shape[1], step):
+        part = slice(start, start + step)
+        scores = compressed_block_scores(
+            means[:, part],
+            windows,
+            lse[:, :, part],
+            visible[part],
+            num_blocks,
+            block_width=config.block_size // config.stride,
+            key_width=2,
+            scale=scale,
+            reduce="max",
+            always=always._replace(own=always.own[part]),
+        )
+        chosen = select_largest(scores, min(config.top_k, num_blocks))
+        counts.append(chosen.kv_num_blocks)
+        ids.append(chosen.kv_indices)
+    return BlockMask(
+        torch.cat(counts, dim=2),
+        torch.cat(ids, dim=2),
+        query_offsets,
+        key_offsets,
+        config.block_size,
+        query_block_size=query_block,
+    )
+
+
+def compressed_keys(key: Tensor, stride: int) -> Tensor:
+    """Means of windows of two strides, one every stride, of the keys that fill them: ``[B, M, H_kv, D]``.
+
+    >>> compressed_keys(torch.arange(7.0).view(1, 7, 1, 1), 2).flatten().tolist()
+    [1.5, 3.5]
+    """
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    whole = key.shape[1] // stride
+    strides = key[:, : whole * stride].unflatten(1, (whole, stride)).mean(2, dtype=dtype)
+    return (strides[:, :-1] + strides[:, 1:]) / 2
+
+
+def _lse(
+    query: Tensor, windows: Tensor, visible: Tensor, query_offset: int, config: InfLLMConfig, scale: float
+) -> Tensor:
+    """Log-sum-exp of every query ``[B, N, H, D]`` over the windows that it sees, ``[B, H, N]``."""
+    batch, length, heads, _ = query.shape
+    count, kv_heads = windows.shape[1:3]
+    if query.is_cuda and config.query_block == 1 and length > 1 and count:
+        # queries of every token are too many for their scores to be written
+        staircase = NSAConfig(
+            compression_block=config.window, compression_stride=config.stride, block_size=config.block_size
+        )
+        return attend_compressed(query, windows, windows, query_offset, staircase, scale)[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if count == 0:
+        return query.new_full((batch, heads, length), -torch.inf, dtype=dtype)
+    column = torch.arange(count, device=query.device)
+    step = max(1, _CHUNK_SCORES // (batch * heads * count))
+    parts = []
+    for start in range(0, length, step):
+        grouped = query[:, start : start + step].unflatten(2, (kv_heads, -1))
+        scores = torch.einsum("bthgd,bchd->bhgtc", grouped, windows).to(dtype) * scale
+        unseen = column >= visible[start : start + step, None]
+        parts.append(scores.masked_fill_(unseen, -torch.inf).logsumexp(-1).flatten(1, 2))
+    return torch.cat(parts, dim=-1)
+
+
+def _means_of_blocks(query: Tensor, query_block: int) -> Tensor:
+    """Mean query of neighbours, ``[B, ceil(N / query_block), H, D]`` in the query's dtype."""
+    if query_block == 1:
+        return query
+    length = query.shape[1]
+    whole = length // query_block * query_block
+    means = query[:, :whole].unflatten(1, (-1, query_block)).mean(2)
+    return means if whole == length else torch.cat([means, query[:, whole:].mean(1, keepdim=True)], dim=1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    # small query blocks with the group packed as rows are what the portable kernel is for
+    packs = query.device.type == "cuda" and not reasons_against("triton", query, key, value, None, mask)
+    backend: BackendName = "triton" if packs else "auto"
+    return block_sparse_attention(query, key, value, mask, scale=scale, causal=True, backend=backend)

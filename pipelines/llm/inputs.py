@@ -1,0 +1,126 @@
+"""What a mask policy for causal sequences looks at."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.pooling import PoolRequest, pool_together
+from draftattn.kernels.windows import aligned_to_the_end, visible_blocks
+from draftattn.policy import CallContext
+
+
+def even_offsets(length: int, block_size: int, device: torch.device | str) -> Tensor:
+    """Boundaries of blocks of one size, the last of them ragged: int32 ``[ceil(length / block_size) + 1]``.
+
+    >>> even_offsets(10, 4, "cpu").tolist()
+    [0, 4, 8, 10]
+    """
+    return _even_offsets(length, block_size, torch.device(device)).clone()
+
+
+@functools.lru_cache(maxsize=64)
+def _even_offsets(length: int, block_size: int, device: torch.device) -> Tensor:
+    count = -(-length // block_size)
+    steps = torch.arange(count + 1, dtype=torch.int32, device=device) * block_size
+    return steps.clamp_(max=length)
+
+
+@dataclass(frozen=True, eq=False)
+class CausalInputs:
+    """Query and key of one causal attention call, cut into blocks, with their block means on demand.
+
+    The counterpart of `draftattn.inputs.AttentionInputs` for a sequence without a grid. Key blocks begin at key 0.
+    Query blocks are cut at the same places: where cached keys come first, the first query block may be ragged.
+
+    Args:
+        query: ``[B, N, H, D]``, after rotary embedding.
+        key: ``[B, K, H_kv, D]``; the last query stands at the last key.
+        value: ``[B, K, H_kv, D]``.
+        block_size: tokens of a block, at most 128.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    block_size: int = 128
+    _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def query_offset(self) -> int:
+        """Key position of the first query."""
+        return self.key.shape[1] - self.query.shape[1]
+
+    @property
+    def first_block(self) -> int:
+        """The key block in which the first query stands."""
+        return self.query_offset // self.block_size
+
+    @property
+    def key_offsets(self) -> Tensor:
+        """int32 ``[K_blocks + 1]``."""
+        if "key_offsets" not in self._made:
+            self._made["key_offsets"] = even_offsets(self.key.shape[1], self.block_size, self.key.device)
+        return self._made["key_offsets"]
+
+    @property
+    def query_offsets(self) -> Tensor:
+        """int32 ``[Q_blocks + 1]``: the key blocks' boundaries from the first query on."""
+        if "query_offsets" not in self._made:
+            own = self.key_offsets[self.first_block :] - self.query_offset
+            self._made["query_offsets"] = own.clamp(min=0)
+        return self._made["query_offsets"]
+
+    @property
+    def mean_query(self) -> Tensor:
+        """float32 ``[B, Q_blocks, H, D]``."""
+        self._pool()
+        return self._made["mean_query"]
+
+    @property
+    def mean_key(self) -> Tensor:
+        """float32 ``[B, K_blocks, H_kv, D]``."""
+        self._pool()
+        return self._made["mean_key"]
+
+    @property
+    def visible(self) -> Tensor:
+        """bool ``[1, 1, Q_blocks, K_blocks]``: block pairs in which some query sees some key."""
+        if "visible" not in self._made:
+            shifts = aligned_to_the_end(self.query_offsets, self.key_offsets)
+            self._made["visible"] = visible_blocks(self.query_offsets, self.key_offsets, shifts, causal=True)
+        return self._made["visible"]
+
+    @property
+    def diagonal(self) -> Tensor:
+        """bool ``[1, 1, Q_blocks, K_blocks]``: each query block's own key block."""
+        rows = self.query_offsets.shape[0] - 1
+        columns = torch.arange(self.key_offsets.shape[0] - 1, device=self.key.device)
+        own = torch.arange(rows, device=self.key.device) + self.first_block
+        return (columns == own[:, None])[None, None]
+
+    def block_mask(self, block_map: Tensor, max_blocks_per_row: int | None = None) -> BlockMask:
+        """A mask over these blocks, of a map bool ``[B | 1, H | H_kv | 1, Q_blocks, K_blocks]``."""
+        return BlockMask.from_block_map(
+            block_map, self.query_offsets, self.key_offsets, self.block_size, max_blocks_per_row
+        )
+
+    def _pool(self) -> None:
+        if "mean_query" in self._made:
+            return
+        requests = [PoolRequest(self.query, self.query_offsets), PoolRequest(self.key, self.key_offsets)]
+        query, key = pool_together(requests, self.block_size)
+        self._made.update(mean_query=query.mean, mean_key=key.mean)
+
+
+class CausalPolicy(Protocol):
+    """Anything that chooses blocks for a causal attention call: a mask policy, looking at `CausalInputs`."""
+
+    def __call__(self, inputs: CausalInputs, context: CallContext, scale: float | None = None) -> BlockMask:
+        """The block mask of one call, made on its device without a host sync."""
+        ...

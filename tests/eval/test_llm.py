@@ -1,0 +1,216 @@
+"""``draftattn llm`` on a tiny model, and what it is made of."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from draftattn.cli.app import app
+from draftattn.errors import InputError
+from draftattn.eval import bench_llm
+from draftattn.eval.language_models import load_language_model
+from draftattn.eval.llm_gate import check_system
+from draftattn.eval.llm_specs import SystemSpec, parse_spec, parse_specs
+from draftattn.eval.perplexity import measure_perplexity, token_losses
+from draftattn.pipelines.llm.apply import make_system
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DRAFT = "draft:density=0.4,block_size=16,dense_len=0"
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["llm", *arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama over letters, in transformers' layout."""
+    path = tmp_path_factory.mktemp("tiny-llama")
+    letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz .\n?")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("it was a dark and stormy night. the rain fell in torrents.\n" * 5)
+    return path
+
+
+def test_losses_are_those_of_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_language_model(str(folder), dtype=torch.float32, device=DEVICE)
+    ids = tokenizer("the rain fell in torrents", return_tensors="pt").input_ids.to(DEVICE)
+    monkeypatch.setattr("draftattn.eval.perplexity._CHUNK_TOKENS", 7)
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item()
+    assert token_losses(model, ids[0]).mean().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_perplexity_is_that_of_the_applied_system_and_the_model_is_left_as_it_was(folder: Path) -> None:
+    model, _ = load_language_model(str(folder), dtype=torch.float32, device=DEVICE)
+    tokens = torch.randint(0, 29, (100,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    before = token_losses(model, tokens)
+    everything = parse_spec("draft:density=1.0,block_size=16,dense_len=0")
+    rows = measure_perplexity(model, tokens, [everything, parse_spec(DRAFT)], [64, 100])
+    assert [(row["system"], row["length"]) for row in rows] == [
+        (name, length) for length in (64, 100) for name in ("dense", "draft", "draft")
+    ]
+    dense, kept, sparse = rows[3:]
+    assert dense["perplexity"] == pytest.approx(before.mean().exp().item(), rel=1e-6)
+    assert dense["last_quarter"] == pytest.approx(before[-25:].mean().exp().item(), rel=1e-6)
+    assert kept["against_dense"] == pytest.approx(1, rel=1e-5)
+    assert kept["density"] == 1
+    assert sparse["density"] < 0.6
+    assert abs(math.log(sparse["against_dense"])) > 1e-4
+    assert torch.equal(token_losses(model, tokens), before)
+    with pytest.raises(InputError, match="length is 101; the text has 100 tokens"):
+        measure_perplexity(model, tokens, [], [101])
+
+
+def test_specs_are_read_and_refused() -> None:
+    spec = parse_spec("moba:chunk_size=64,top_k=2,force_first=true,dense_layers=[0,-1]")
+    assert dict(spec.options) == {"chunk_size": 64, "top_k": 2, "force_first": True, "dense_layers": (0, -1)}
+    assert parse_spec(spec.text) == spec
+    assert parse_specs([spec.text, "dense", spec.text]) == [spec, SystemSpec("dense")]
+    for wrong, message in (
+        ("moba:64", "options are written name=value"),
+        ("mob", "system is 'mob'; choose from"),
+        ("moba:chunk_size=0", "chunk_size is 0"),
+        ("dense:density=1", "dense has none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_spec(wrong)
+
+
+def test_perplexity_command(folder: Path, text: Path, tmp_path: Path) -> None:
+    output, plot = tmp_path / "figures.json", tmp_path / "figures.svg"
+    arguments = ["--model", str(folder), "--text", str(text), "--lengths", "64,128", "--dtype", "float32"]
+    result = run("perplexity", *arguments, "--system", DRAFT, "--output", str(output), "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text())
+    assert [row["system"] for row in found["rows"]] == ["dense", "draft"] * 2
+    assert found["rows"][1]["options"] == {"density": 0.4, "block_size": 16, "dense_len": 0}
+    assert "× dense" in result.output
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_generate_command(folder: Path, text: Path) -> None:
+    common = ["--model", str(folder), "--prompt-file", str(text), "--max-new-tokens", "3", "--dtype", "float32"]
+    dense, sparse = run("generate", *common), run("generate", *common, "--system", DRAFT)
+    assert dense.exit_code == sparse.exit_code == 0, sparse.output
+    assert "295 tokens of prompt, 3 new" in dense.output
+    assert "density 0." in sparse.output
+    assert run("generate", "--model", str(folder)).exit_code != 0
+
+
+def test_bench_command_times_attention(tmp_path: Path) -> None:
+    output, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
+    systems = [DRAFT, "moba:chunk_size=32,top_k=2", "infllm:block_size=16,top_k=3,local_tokens=16,window=8,stride=4"]
+    given = [part for system in systems for part in ("--system", system)]
+    sizes = ["--lengths", "130", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--seconds", "0.001"]
+    result = run("bench", *sizes, *given, "--dtype", "float32", "--output", str(output), "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text())
+    assert [row["system"] for row in found["rows"]] == ["dense", "draft", "moba", "infllm"]
+    assert all(gate["green"] for gate in found["gate"])
+    assert found["rows"][1]["selection_seconds"] > 0
+    assert found["rows"][2]["selection_seconds"] is None
+    assert all(0 < row["density"] <= 1 for row in found["rows"])
+    assert plot.exists()
+
+
+@pytest.mark.parametrize("name", ["draft", "moba"])
+def test_the_gate_sees_a_wrong_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"density": 0.4, "block_size": 16} if name == "draft" else {"chunk_size": 16, "top_k": 3}
+    system = make_system(name, **options)
+    shape = bench_llm.AttentionShape(4, 2, 16)
+    call = bench_llm.random_call(shape, 150, torch.float32, DEVICE)
+    verdict = check_system(system, call)
+    assert verdict is not None
+    assert verdict["green"]
+    attend = system.attend
+    monkeypatch.setattr(system, "attend", lambda call: attend(call) * 1.0001)
+    assert not check_system(system, call)["green"]  # type: ignore[index]
+    spec = SystemSpec(name, tuple(options.items()))
+    monkeypatch.setattr(bench_llm, "_system", lambda spec: system)
+    result = bench_llm.bench_attention(shape, [150], [spec], dtype=torch.float32, device=DEVICE, seconds=0.001)
+    assert result["red"] == [spec.text]
+    assert [row["system"] for row in result["rows"]] == ["dense"]
+
+
+def test_bench_command_times_a_model(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    common = ["bench", "--lengths", "48", "--new-tokens", "2", "--system", DRAFT, "--dtype", "float32"]
+    for model in (str(folder), "tiny"):
+        result = run(*common, "--model", model, "--output", str(output))
+        assert result.exit_code == 0, result.output
+        dense, sparse = json.loads(output.read_text())["rows"]
+        assert dense["prefill_speedup"] == 1
+        assert sparse["density"] < 0.9
+
+
+def test_distilled_gates_serve(folder: Path, text: Path, tmp_path: Path) -> None:
+    gates = tmp_path / "gates"
+    common = ["--model", str(folder), "--text", str(text), "--dtype", "float32"]
+    trained = run(
+        "distill",
+        *common,
+        "--length",
+        "64",
+        "--block-size",
+        "16",
+        "--gate-dim",
+        "8",
+        "--layers",
+        "0",
+        "--max-sequences",
+        "1",
+        "--output",
+        str(gates),
+    )
+    assert trained.exit_code == 0, trained.output
+    measured = run("perplexity", *common, "--lengths", "128", "--system", f"seer:gates={gates},ratio=0.5")
+    assert measured.exit_code == 0, measured.output
+    assert "seer" in measured.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["perplexity", "--model", "x.gguf", "--text", "missing.txt"], "text 'missing.txt' cannot be read"),
+        (["bench", "--lengths", "1,x"], "lengths is '1,x'; give whole numbers"),
+        (["bench", "--heads", "3", "--kv-heads", "2"], "kv_heads divide heads"),
+        (["bench", "--system", "selective"], "selective works inside a model only"),
+        (["bench", "--model", "nothing-here.gguf"], "model 'nothing-here.gguf' is no file"),
+    ],
+)
+def test_wrong_input_is_one_sentence(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["llm", *arguments])
+    assert result.exit_code != 0
+    assert isinstance(result.exception, InputError | SystemExit)
+    shown = str(result.exception) if isinstance(result.exception, InputError) else result.output
+    assert message in shown.replace("\n", " ")
