@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from draftattn.eval.environment import device_name, package_versions
 from draftattn.eval.frames import to_bytes
 from draftattn.eval.generation import Generation
 from draftattn.eval.metrics import score_video
+from draftattn.eval.settings import config_to_json
 from draftattn.files import written_whole
 from draftattn.pipelines.video.stats import DraftStats
 
@@ -45,7 +45,7 @@ def compare(
     scores = score_video(to_bytes(draft.video), to_bytes(dense.video), device=device)
     dense_step, draft_step = dense.median_step(), draft.median_step(warmup)
     return {
-        "settings": {**settings, "draft": dataclasses.asdict(config)},
+        "settings": {**settings, "draft": config_to_json(config)},
         "dense": _times(dense, dense_step),
         "draft": {
             **_times(draft, draft_step),

@@ -14,7 +14,7 @@ from draftattn.errors import InputError
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.layout import BlockLayout
-from draftattn.policy import CallContext, MaskPolicy
+from draftattn.policy import CallContext, MaskPolicy, ObservingPolicy
 
 Box = tuple[int, int, int, int, int, int]
 
@@ -82,6 +82,11 @@ class RecordingPolicy:
         if context.step is not None and self._wants(context):
             self.records.append(self._record(inputs, mask, context.layer, context.step, scale))
         return mask
+
+    def observe(self, inputs: AttentionInputs, context: CallContext, scale: float | None = None) -> None:
+        """Hands a dense call on to a policy that looks at them."""
+        if isinstance(self.policy, ObservingPolicy):
+            self.policy.observe(inputs, context, scale)
 
     def _wants(self, context: CallContext) -> bool:
         if context.layer not in self.layers or context.step not in self.steps or context.branch == "uncond":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,9 @@ from torch import Tensor
 from draftattn.attention import attend
 from draftattn.config import DraftConfig
 from draftattn.inputs import AttentionInputs
-from draftattn.kernels.api import block_sparse_attention
 from draftattn.kernels.block_mask import BlockMask
-from draftattn.kernels.probabilities import block_probabilities
 from draftattn.layout import BlockLayout
+from draftattn.policies.exact import exact_mass, exact_output
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,8 @@ def exact_attention(inputs: AttentionInputs, config: DraftConfig, scale: float |
 
     Memory beyond the inputs' is that of the output and the mass: scores are held some at a time.
     """
-    layout = inputs.layout
-    everything = _mask_of(
-        torch.ones(1, 1, layout.num_blocks, layout.num_blocks, dtype=torch.bool, device=inputs.query.device), inputs
-    )
-    output, lse = block_sparse_attention(
-        inputs.query, inputs.key, inputs.value, everything, scale=scale, return_lse=True, backend=config.backend
-    )
-    # on a CPU the kernel could only run in Triton's interpreter
-    backend: Literal["auto", "reference"] = "reference" if inputs.query.device.type == "cpu" else "auto"
-    mass = block_probabilities(inputs.query, inputs.key, everything, lse, scale=scale, reduce="sum", backend=backend)
-    return ExactAttention(output, mass)
+    output, lse = exact_output(inputs, config.backend, scale)
+    return ExactAttention(output, exact_mass(inputs, lse, scale))
 
 
 def measure_recall(
@@ -57,6 +47,7 @@ def measure_recall(
     config: DraftConfig,
     scale: float | None = None,
     seed: int = 0,
+    bounds: bool = True,
 ) -> dict[str, Any]:
     """The attention mass a mask keeps, against the best and a random mask of its density, and the output's error.
 
@@ -69,6 +60,7 @@ def measure_recall(
         config: its ``backend`` is used.
         scale: factor of the scores.
         seed: seed of the random mask.
+        bounds: whether the best and a random mask are measured too.
 
     Returns:
         ``density`` as realised; ``recall`` of the mask, and as ``recall_per_head``; ``recall_best`` with as many
@@ -79,20 +71,18 @@ def measure_recall(
     """
     layout = inputs.layout
     block_map = mask.block_map.expand(*exact.mass.shape[:2], -1, -1)
-    generator = torch.Generator(exact.mass.device).manual_seed(seed)
-    noise = torch.rand(exact.mass.shape, generator=generator, device=exact.mass.device)
-    maps = {
-        "": block_map,
-        "_best": largest_per_row(exact.mass, block_map, layout),
-        "_random": largest_per_row(noise, block_map, layout),
-    }
+    maps = {"": block_map}
     figures: dict[str, Any] = {
         "density": float(mask.density),
         "recall_per_head": _kept(exact.mass, block_map, layout).mean(0).tolist(),
-        "recall_best_per_head": float(
-            _kept(exact.mass, largest_per_head(exact.mass, block_map, layout), layout).mean()
-        ),
     }
+    if bounds:
+        generator = torch.Generator(exact.mass.device).manual_seed(seed)
+        noise = torch.rand(exact.mass.shape, generator=generator, device=exact.mass.device)
+        maps["_best"] = largest_per_row(exact.mass, block_map, layout)
+        maps["_random"] = largest_per_row(noise, block_map, layout)
+        best_per_head = largest_per_head(exact.mass, block_map, layout)
+        figures["recall_best_per_head"] = float(_kept(exact.mass, best_per_head, layout).mean())
     for name, chosen in maps.items():
         figures[f"recall{name}"] = float(_kept(exact.mass, chosen, layout).mean())
         for residual in (False, True):

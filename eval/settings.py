@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
+from draftattn.policies import policy_text
 
-_ALWAYS_NAMED = ("sparsity", "warmup", "selection", "residual")
+_ALWAYS_NAMED = ("sparsity", "warmup", "selection", "residual", "policy")
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DraftConfig)}
 
 
@@ -21,11 +23,14 @@ def setting_name(config: DraftConfig) -> str:
     'sparsity0.9-warmup5steps-row-residual'
     >>> setting_name(DraftConfig(selection="head", residual=False, tile=(1, 8, 16)))
     'sparsity0.75-warmup0.25-head-noresidual-tile1x8x16'
+    >>> setting_name(DraftConfig(policy="svg"))
+    'sparsity0.75-warmup0.25-svg-residual'
     """
     steps = isinstance(config.warmup, int) and config.warmup > 0
     warmup = f"{config.warmup}steps" if steps else f"{config.warmup:g}"
     residual = "residual" if config.residual else "noresidual"
-    parts = [f"sparsity{config.sparsity:g}", f"warmup{warmup}", config.selection, residual]
+    chosen_by = config.selection if config.policy == "draft" else _fit_for_file(policy_text(config.policy))
+    parts = [f"sparsity{config.sparsity:g}", f"warmup{warmup}", chosen_by, residual]
     for name, default in _DEFAULTS.items():
         value = getattr(config, name)
         if name not in _ALWAYS_NAMED and value != default:
@@ -59,5 +64,14 @@ def settings_grid(bases: Iterable[DraftConfig], axes: Mapping[str, Sequence[Any]
 
 def setting_to_json(name: str, config: DraftConfig) -> dict[str, Any]:
     """Name and fields of a setting, as JSON gives them back."""
-    fields = dataclasses.asdict(config)
-    return {"name": name} | {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+    return {"name": name} | config_to_json(config)
+
+
+def config_to_json(config: DraftConfig) -> dict[str, Any]:
+    """The fields of a config, as JSON gives them back; its policy as the text that names it."""
+    fields = dataclasses.asdict(config) | {"policy": policy_text(config.policy)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+def _fit_for_file(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", text.replace("-", "minus"))

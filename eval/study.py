@@ -185,8 +185,9 @@ class StudyFolder:
     def write(self, run: Run, figures: dict[str, Any]) -> None:
         """Notes a run as complete."""
         kind: dict[str, Any] = {"kind": "dense"} if run.setting is None else {"kind": "draft", "setting": run.setting}
-        video = self.video_file(run).relative_to(self.path).as_posix()
-        write_json(self.run_file(run), {**kind, "prompt": run.prompt, "seed": run.seed, **figures, "video": video})
+        file = self.video_file(run)
+        video = {"video": file.relative_to(self.path).as_posix()} if file.is_file() else {}
+        write_json(self.run_file(run), {**kind, "prompt": run.prompt, "seed": run.seed, **figures, **video})
 
     def row(self, run: Run) -> dict[str, Any]:
         """The line of a complete draft run in ``results.jsonl``: everything but lists, without nesting."""

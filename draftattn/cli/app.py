@@ -6,9 +6,11 @@ import typer
 
 from draftattn.cli import options
 from draftattn.cli.bench import bench_app
+from draftattn.cli.calibrate import CALIBRATE_EXAMPLE, calibrate
 from draftattn.cli.compare import compare
 from draftattn.cli.doctor import doctor
 from draftattn.cli.generate import generate
+from draftattn.cli.llm import llm_app
 from draftattn.cli.masks import masks
 from draftattn.cli.metrics import metrics
 from draftattn.cli.recall import recall
@@ -40,8 +42,10 @@ app.command(
     epilog='Example: draftattn masks --model assets/tiny-wan --prompt "hands moving red cups on a white table" '
     "--height 256 --width 448 --frames 33 --steps 12"
 )(options.interruptible(masks))
+app.command(epilog=CALIBRATE_EXAMPLE)(calibrate)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
+app.add_typer(llm_app, name="llm")
 
 
 @app.callback(invoke_without_command=True)

@@ -11,6 +11,7 @@ import typer
 from draftattn.cli import options
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
+from draftattn.policies import POLICY_NAMES, read_policy
 from draftattn.presets import PRESETS, preset
 
 GRID_PANEL = "Settings: lists separated by commas, every combination is made"
@@ -54,9 +55,38 @@ Residuals = Annotated[
         "--residual", help="yes, no: whether skipped blocks contribute. Default yes.", rich_help_panel=GRID_PANEL
     ),
 ]
+Means = Annotated[
+    str | None,
+    typer.Option(
+        "--means",
+        help="Means of the residual: weighted (by the mean query), plain. Default weighted.",
+        rich_help_panel=GRID_PANEL,
+    ),
+]
+DraftKeys = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-keys",
+        help="What the mean queries of the draft meet: means (of keys), tokens (every key). Default means.",
+        rich_help_panel=GRID_PANEL,
+    ),
+]
 Tiles = Annotated[
     str | None,
-    typer.Option("--tile", help="Tiles such as 1x8x16, or rule. Default rule.", rich_help_panel=GRID_PANEL),
+    typer.Option(
+        "--tile",
+        help="Tiles such as 1x8x16, or frame, space-time, auto; rule is the default.",
+        rich_help_panel=GRID_PANEL,
+    ),
+]
+Policies = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        help=f"How blocks are chosen: {', '.join(POLICY_NAMES)}; settings follow a name: xattention:mass=0.95. "
+        "Default draft.",
+        rich_help_panel=GRID_PANEL,
+    ),
 ]
 
 T = TypeVar("T")
@@ -122,6 +152,9 @@ def read_settings(
     tile: str | None,
     dense_layers: str | None,
     backend: str | None,
+    policy: str | None = None,
+    means: str | None = None,
+    draft_keys: str | None = None,
 ) -> dict[str, DraftConfig]:
     """Every combination of the values given, by name; what is not given is the preset's or the default.
 
@@ -137,6 +170,9 @@ def read_settings(
         "selection": (selection, str),
         "residual": (residual, _read_residual),
         "tile": (tile, lambda text: None if text == "rule" else options.read_tile(text)),
+        "policy": (policy, read_policy),
+        "weighted_means": (means, _read_means),
+        "draft_keys": (draft_keys, str),
     }
     axes = {name: _list(name, text, read) for name, (text, read) in given.items() if text is not None}
     if dense_layers is not None:
@@ -160,6 +196,12 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"{name} is {text!r}; give numbers separated by commas") from None
+
+
+def _read_means(text: str) -> bool:
+    if text not in ("weighted", "plain"):
+        raise InputError(f"means is {text!r}; choose from weighted, plain")
+    return text == "weighted"
 
 
 def _read_residual(text: str) -> bool:

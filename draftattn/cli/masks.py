@@ -12,6 +12,7 @@ from draftattn.cli import options
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
 from draftattn.files import check_writable
+from draftattn.policies import policy_text
 
 MASK_PANEL = "What to draw"
 
@@ -58,6 +59,7 @@ def masks(
     tile: options.TileOption = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
+    policy: options.Policy = None,
 ) -> None:
     """Draw the draft map and the block mask of chosen layers, heads and steps.
 
@@ -67,7 +69,7 @@ def masks(
     from draftattn.eval import loading
     from draftattn.eval.mask_page import write_masks
 
-    config = options.draft_config(preset, sparsity, warmup, selection, residual, tile, dense_layers, backend)
+    config = options.draft_config(preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy)
     device = options.default_device()
     weights_dtype = options.resolve_dtype(dtype, device)
     options.check_numbers(steps, guidance, 1, offload, device)
@@ -109,7 +111,7 @@ def masks(
         "Denoising steps": steps,
         "Seed": seed,
         "Sparsity": f"{config.sparsity * 100:g} %",
-        "Selection": f"per {config.selection}",
+        "Selection": f"per {config.selection}" if config.policy == "draft" else policy_text(config.policy),
         "Warm-up": f"{config.num_warmup_steps(steps)} of {steps} steps",
         "Tile": "×".join(map(str, records[0].layout.tile)) + " tokens",
     }

@@ -7,13 +7,15 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
 
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
+from draftattn.layout import TileRule
+from draftattn.policies import POLICY_NAMES, read_policy
 from draftattn.presets import PRESETS, preset
 
 DRAFT_PANEL = "Draft attention"
@@ -53,7 +55,8 @@ TileOption = Annotated[
     str | None,
     typer.Option(
         "--tile",
-        help="Frames×rows×columns of tokens in a block, such as 1x8x16. Default: fewest blocks for the size.",
+        help="Frames×rows×columns of tokens in a block, such as 1x8x16, or a rule that picks them for the size: "
+        "frame (within one frame), space-time (of several), auto (the latter where the model allows).",
         rich_help_panel=DRAFT_PANEL,
     ),
 ]
@@ -65,6 +68,22 @@ Backend = Annotated[
     str | None,
     typer.Option(
         help="Kernel: auto, hopper, triton, cpu, flex, fa4 or reference; see 'draftattn doctor'.",
+        rich_help_panel=DRAFT_PANEL,
+    ),
+]
+
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How blocks are chosen: {', '.join(POLICY_NAMES)}. Settings follow the name: xattention:mass=0.95.",
+        rich_help_panel=DRAFT_PANEL,
+    ),
+]
+
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        help="File of 'draftattn calibrate': sparsity by layer and step, in place of --sparsity.",
         rich_help_panel=DRAFT_PANEL,
     ),
 ]
@@ -99,6 +118,23 @@ class Offload(str, Enum):
     none = "none"
     model = "model"
     sequential = "sequential"
+
+
+class ContextParallel(str, Enum):
+    """How several processes work on one video."""
+
+    none = "none"
+    ulysses = "ulysses"
+
+
+ContextParallelOption = Annotated[
+    ContextParallel,
+    typer.Option(
+        "--context-parallel",
+        help="Under torchrun or accelerate launch: 'ulysses' lets all GPUs make one video together; otherwise every "
+        "GPU takes its share of the prompts.",
+    ),
+]
 
 
 def check_numbers(steps: int, guidance: float | None, fps: int, offload: Offload, device: torch.device) -> None:
@@ -138,6 +174,8 @@ def draft_config(
     tile: str | None,
     dense_layers: str | None,
     backend: str | None,
+    policy: str | None = None,
+    schedule: str | None = None,
 ) -> DraftConfig:
     """The settings that the options describe: those given replace the preset's.
 
@@ -152,6 +190,8 @@ def draft_config(
         "tile": None if tile is None else read_tile(tile),
         "dense_layers": None if dense_layers is None else read_layers(dense_layers),
         "backend": backend,
+        "policy": None if policy is None else read_policy(policy),
+        "schedule": schedule,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     return replace(DraftConfig() if preset_name is None else preset(preset_name), **changes)
@@ -169,15 +209,19 @@ def read_warmup(text: str) -> float | int:
         raise InputError(f"warmup is {text!r}; give a share such as 0.25 or a number of steps such as 5") from None
 
 
-def read_tile(text: str) -> tuple[int, int, int]:
-    """A tile such as ``1x8x16``.
+def read_tile(text: str) -> tuple[int, int, int] | TileRule:
+    """A tile such as ``1x8x16``, or the name of a rule.
 
     Raises:
         InputError: if it is none.
     """
+    if text.strip() in get_args(TileRule):
+        return text.strip()  # type: ignore[return-value]
     match = re.fullmatch(r"(\d+)[x×](\d+)[x×](\d+)", text.strip())
     if match is None:
-        raise InputError(f"tile is {text!r}; give frames×rows×columns such as 1x8x16")
+        raise InputError(
+            f"tile is {text!r}; give frames×rows×columns such as 1x8x16, or {', '.join(get_args(TileRule))}"
+        )
     frames, height, width = (int(side) for side in match.groups())
     return frames, height, width
 

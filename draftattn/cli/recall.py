@@ -52,6 +52,9 @@ def recall(
     selection: grid.Selections = None,
     tile: grid.Tiles = None,
     backend: options.Backend = None,
+    policy: grid.Policies = None,
+    means: grid.Means = None,
+    draft_keys: grid.DraftKeys = None,
 ) -> None:
     """Measure the exact attention mass that the masks of settings keep, on one and the same dense run.
 
@@ -66,7 +69,9 @@ def recall(
     from draftattn.eval.settings import setting_to_json
     from draftattn.eval.study import to_line
 
-    settings = grid.read_settings(preset, sparsity, None, selection, None, tile, None, backend)
+    settings = grid.read_settings(
+        preset, sparsity, None, selection, None, tile, None, backend, policy, means, draft_keys
+    )
     prompts, seed_values = grid.read_prompts(prompt, prompt_file, vbench, max_prompts), grid.read_seeds(seeds)
     device = options.default_device()
     weights_dtype = options.resolve_dtype(dtype, device)
@@ -110,7 +115,7 @@ def recall(
                 )
                 for row in rows[first:] if json else []:
                     typer.echo(to_line(row))
-    means = mean_figures(rows)
+    averages = mean_figures(rows)
     if output is not None:
         content = {
             "model": model,
@@ -124,12 +129,12 @@ def recall(
             "device": device_name(device),
             "versions": package_versions(),
             "settings": [setting_to_json(name, config) for name, config in settings.items()],
-            "means": means,
+            "means": averages,
             "calls": rows,
         }
         save_json(output, content)
     if not json:
-        console.print(_table(means, device_name(device), markdown))
+        console.print(_table(averages, device_name(device), markdown))
     if output is not None:
         console.print(f"Wrote {output}")
 

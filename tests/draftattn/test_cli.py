@@ -40,7 +40,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--selection", "column"], ["selection is 'column'", "row, head"]),
         (["--preset", "fastest"], ["preset is 'fastest'", "balanced"]),
         (["--backend", "cuda"], ["backend is 'cuda'", "triton"]),
-        (["--dense-layers", "12"], ["layer 12", "0 to 11"]),
+        (["--dense-layers", "12"], ["layer 12", "0 to 9"]),
         (["--height", "250"], ["height is 250", "multiples of 16"]),
         (["--width", "0"], ["width is 0", "multiples of 16"]),
         (["--frames", "32"], ["frames is 32", "multiple of 4", "33"]),
@@ -162,14 +162,82 @@ def test_doctor_names_every_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert word in shown
 
 
-def test_bench_model_reports_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bench_model_reports_every_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import draftattn.eval.bench_model
+
+    text = {"seconds": 0.5, "peak_memory_gib": 1.0, "encoders": []}
+    decode = {"seconds": 2.0, "peak_memory_gib": 3.0, "tiled": True, "dtype": "float32"}
+    stages = {"text": text, "decode": decode}
+    monkeypatch.setattr(draftattn.eval.bench_model, "measure_stages", lambda *_, **__: stages)
     output = tmp_path / "bench.json"
-    size = ["--height", "64", "--width", "96", "--frames", "5", "--tile", "1x2x2", "--repeats", "1"]
-    assert run(monkeypatch, "bench", "model", "--model", TINY_WAN, *size, "--output", str(output)) == 0
+    size = ["--height", "64", "--width", "96", "--frames", "5", "--tile", "1x2x2", "--repeats", "1", "--steps", "10"]
+    arguments = ["--model", TINY_WAN, *size, "--warmups", "0.25", "--sparsity", "0.5,0.75", "--output", str(output)]
+    assert run(monkeypatch, "bench", "model", *arguments) == 0
     result = json.loads(output.read_text())
     assert result["tokens"] == 2 * 4 * 6
     assert result["gate"]["relative_error"] <= result["gate"]["allowed"]
-    assert 0.2 < result["draft"]["density"] < 0.3
+    assert [row["kind"] for row in result["runs"]] == ["stock", "dense", "draft", "draft"]
+    assert 0.2 < result["runs"][-1]["density"] < 0.3
+    assert [run["warmup_steps"] for run in result["whole_runs"]] == [3, 3]
+    shown = capsys.readouterr().out
+    for words in ("best dense", "75 % sparsity", "matrix products", "Whole run, 10 steps of 2 passes", "decoding"):
+        assert words in shown
+
+
+def test_bench_scaling_writes_figures_and_a_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    from draftattn.eval import architectures
+
+    settings = {**architectures._WAN, "num_attention_heads": 2, "num_layers": 3, "ffn_dim": 64, "text_dim": 16}
+    small = architectures.Architecture(
+        architectures.Part("WanTransformer3DModel", settings),
+        architectures.Part("AutoencoderKLWan"),
+        (),
+        architectures.Recipe(64, 96, 9),
+    )
+    monkeypatch.setitem(architectures.ARCHITECTURES, "small", small)
+    output, plot = tmp_path / "scaling.json", tmp_path / "scaling.svg"
+    arguments = ["--model", "small", "--tokens", "24,72", "--tile", "1x2x2", "--repeats", "1", "--curve", "0.5,0.9"]
+    arguments += ["--dtype", "float32", "--output", str(output), "--plot", str(plot)]
+    assert run(monkeypatch, "bench", "scaling", *arguments) == 0
+    result = json.loads(output.read_text())
+    assert [row["tokens"] for row in result["rows"][::4]] == [24, 72]
+    assert len(result["curve"]) == 2
+    picture = plot.read_text()
+    for words in ("stock diffusers", "draft, 90 % sparsity", "seconds of a forward pass"):
+        assert f"<!-- {words} -->" in picture
+    assert "90 % sparsity" in capsys.readouterr().out
+    again = tmp_path / "again.svg"
+    assert run(monkeypatch, "bench", "plot", str(output), str(again)) == 0
+    assert "draft, 90 % sparsity" in again.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tokens", "8k"], "tokens is '8k'"),
+        (["--tokens", "0"], "tokens is [0]"),
+        (["--blocks", "0"], "blocks is 0"),
+        (["--curve", "1"], "sparsity holds 1"),
+        (["--plot", "scaling.gif"], "must end in"),
+        (["--height", "100"], "height is 100"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bench_scaling_checks_before_it_builds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    import draftattn.eval.scaling
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(draftattn.eval.scaling, "build_transformer", None)
+    assert run(monkeypatch, "bench", "scaling", "--model", "wan2.1-1.3b", *options) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_bench_model_refuses_unknown_architectures(
@@ -190,6 +258,11 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         (["--height", "72"], ["height is 72", "multiples of 16"]),
         (["--frames", "0"], ["frames is 0"]),
         (["--repeats", "0"], ["repeats is 0"]),
+        (["--steps", "0"], ["steps is 0"]),
+        (["--sparsity", "0.5,1"], ["sparsity holds 1"]),
+        (["--warmups", "x"], ["warmups is 'x'"]),
+        (["--dense-layers", "30"], ["layer 30", "layers 0 to 29"]),
+        (["--context-parallel"], ["torchrun --nproc-per-node 2"]),
         (["--backend", "hopper"], ["backend 'hopper'", "fp16 or bf16"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
@@ -200,6 +273,7 @@ def test_bench_model_checks_before_it_builds(
     import draftattn.eval.bench_model
 
     monkeypatch.setattr(draftattn.eval.bench_model, "build_transformer", None)
+    monkeypatch.setattr(draftattn.eval.bench_model, "measure_stages", None)
     assert run(monkeypatch, "bench", "model", "--model", "wan2.1-1.3b", "--dtype", "float32", *options) == 2
     message = capsys.readouterr().err
     for word in words:
@@ -258,7 +332,7 @@ def test_compare_and_recall_refuse_before_they_load(
         (["compare", "--residual", "maybe"], ["residual is 'maybe'", "yes, no"]),
         (["compare", "--fps", "0"], ["fps is 0"]),
         (["compare", "--output", "/proc/study"], ["/proc/study", "cannot be written"]),
-        (["recall", "--layers", "12"], ["layers names 12", "0 to 11"]),
+        (["recall", "--layers", "12"], ["layers names 12", "0 to 9"]),
         (["recall", "--at-steps", "0,50"], ["at-steps names 50", "0 to 49"]),
         (["recall", "--layers", "all"], ["layers is 'all'"]),
         (["recall", "--output", "recall.txt"], ["recall.txt", ".json"]),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations, pairwise
 from types import ModuleType
 from typing import Any
@@ -7,11 +8,14 @@ import torch
 from torch import Tensor
 
 from draftattn import DraftConfig, TokenGrid, block_layout, enable
+from draftattn.eval.masks import RecordingPolicy
 from draftattn.eval.recall import exact_attention, largest_per_head, largest_per_row, measure_recall
 from draftattn.eval.recall_probe import RecallProbe, in_layout, probe_run
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.layout import BlockLayout
+from draftattn.policies import make_policy
+from draftattn.policies.adaspa import AdaSpaConfig
 from draftattn.policies.draft import DraftPolicy
 from draftattn.policy import CallContext
 
@@ -204,3 +208,43 @@ def test_probe_run_measures_along_a_dense_run(tiny: ModuleType) -> None:
         else:
             assert row["recall_random"] < row["recall_best"] < 1
     assert not hasattr(pipe, "draft")
+
+
+def test_a_policy_that_searches_in_the_warmup_is_measured_with_what_it_found(tiny: ModuleType) -> None:
+    """The mask of the last dense step serves later ones; without a warm-up the step looked at is searched itself."""
+    pipe = tiny.wan_pipeline()
+    rows: list[dict[str, Any]] = []
+    config = tiny.config(policy=AdaSpaConfig(search_every=1.0, high_recall=1.0))
+    settings = {"reused": replace(config, warmup=1), "searched": config, "oracle": replace(config, policy="oracle")}
+    probe_run(
+        pipe,
+        settings,
+        seed=0,
+        layers=[0, 2],
+        steps=[3],
+        on_row=rows.append,
+        bounds=False,
+        prompt="a red cup",
+        num_inference_steps=4,
+        max_sequence_length=12,
+        **tiny.SIZE,
+    )
+    assert not any("best" in key or "random" in key for row in rows for key in row)
+    recall = {
+        name: [row["recall"] for row in rows if row["setting"] == name and row["branch"] == "cond"] for name in settings
+    }
+    assert len(recall["oracle"]) == 2
+    assert recall["searched"] == pytest.approx(recall["oracle"])
+    assert all(reused < best - 1e-4 for reused, best in zip(recall["reused"], recall["oracle"], strict=True))
+
+
+def test_a_probe_hands_dense_calls_on(tiny: ModuleType) -> None:
+    pipe = tiny.wan_pipeline()
+    config = tiny.config(policy="adaspa", warmup=2)
+    with enable(pipe, config):
+        expected = tiny.generate(pipe)
+    probe = RecallProbe(make_policy(config), {"same": config}, layers=[0], steps=[3], on_row=lambda row: None)
+    recorder = RecordingPolicy(probe, layers=[1], steps=[2], heads=[0])
+    with enable(pipe, config, policy=recorder):
+        assert torch.equal(tiny.generate(pipe), expected)
+    assert len(recorder.records) == 1

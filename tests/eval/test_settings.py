@@ -9,6 +9,8 @@ from draftattn.errors import InputError
 from draftattn.eval.prompts import read_prompts, vbench_prompts
 from draftattn.eval.settings import setting_name, setting_to_json, settings_grid
 from draftattn.eval.summary import summarise
+from draftattn.policies.sliding_tile import SlidingTileConfig
+from draftattn.policies.xattention import XAttentionConfig
 from draftattn.presets import PRESETS
 
 
@@ -24,6 +26,11 @@ def test_different_settings_have_different_names() -> None:
         DraftConfig(dense_layers=(0, -1)),
         DraftConfig(residual=False),
         DraftConfig(selection="head"),
+        DraftConfig(policy="svg"),
+        DraftConfig(policy="sliding_tile"),
+        DraftConfig(policy=SlidingTileConfig(window=(3, 1, 1))),
+        DraftConfig(policy=XAttentionConfig(mass=0.95)),
+        DraftConfig(policy=XAttentionConfig(mass=0.95, stride=16)),
     ]
     for one, other in combinations(configs, 2):
         if repr(one) != repr(other):
@@ -48,6 +55,14 @@ def test_grid_makes_every_combination_once() -> None:
 def test_setting_survives_json() -> None:
     content = setting_to_json("name", DraftConfig(tile=(1, 8, 16), dense_layers=(0,)))
     assert json.loads(json.dumps(content)) == content
+    content = setting_to_json("name", DraftConfig(policy=SlidingTileConfig(window=(3, 1, 1))))
+    assert json.loads(json.dumps(content)) == content
+    assert content["policy"] == "sliding_tile:window=3x1x1"
+    assert setting_to_json("name", DraftConfig(policy="svg"))["policy"] == "svg"
+
+
+def test_a_policy_has_one_name_however_it_is_given() -> None:
+    assert setting_name(DraftConfig(policy="xattention")) == setting_name(DraftConfig(policy=XAttentionConfig()))
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
