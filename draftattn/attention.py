@@ -63,7 +63,9 @@ def draft_attention(
 
 def attend(inputs: AttentionInputs, mask: BlockMask, config: DraftConfig, *, scale: float | None = None) -> Tensor:
     """Runs the kernel of ``config.backend`` over a mask, with the residual if the config asks for it."""
-    residual = inputs.block_means if config.residual else None
+    residual = None
+    if config.residual:
+        residual = inputs.weighted_means(scale) if config.weighted_means else inputs.block_means
     return block_sparse_attention(
         inputs.query, inputs.key, inputs.value, mask, scale=scale, residual=residual, backend=config.backend
     )

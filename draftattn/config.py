@@ -6,15 +6,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Literal, get_args
 
 from draftattn.errors import InputError
 from draftattn.kernels.backends import BackendName
 from draftattn.kernels.dense import DenseBackend
-from draftattn.layout import MAX_BLOCK_SIZE, validate_tile
+from draftattn.layout import MAX_BLOCK_SIZE, TileRule, validate_rule, validate_tile
 from draftattn.policies import POLICY_NAMES, PolicyConfig
+from draftattn.schedule import SparsitySchedule
 
 Selection = Literal["row", "head"]
+DraftKeys = Literal["means", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,16 @@ class DraftConfig:
         selection: how blocks are chosen from the draft map. ``"row"`` keeps the same number for every query block,
             its own among them; ``"head"`` is the published rule, one threshold over the flattened map of a head,
             under which a query block may keep many or none.
+        draft_keys: what the mean queries of the draft are compared with: ``"means"``, the mean keys, as published, or
+            ``"tokens"``, every key, which gives the exact attention mass of each mean query
+            (`draftattn.draft.draft_masses`) for 1/256 of the work of dense attention.
         residual: let skipped blocks contribute through their mean key and value. False is the published method.
-        tile: largest extent of a block in ``(frames, height, width)`` tokens; None picks the within-frame tile that
-            covers the frame with the fewest blocks (`draftattn.layout.choose_tile`).
+        weighted_means: means of the residual in which a token counts as much as the call's mean query would attend to
+            it (`draftattn.inputs.AttentionInputs.weighted_means`); False takes plain means.
+        tile: largest extent of a block in ``(frames, height, width)`` tokens, or a rule that picks it for the size:
+            ``"frame"`` and None the within-frame tile with the fewest blocks (`draftattn.layout.choose_tile`),
+            ``"space-time"`` one of two to four frames (`draftattn.layout.choose_space_time_tile`), and ``"auto"`` the
+            latter wherever the model lets tokens of different frames change places, the former elsewhere.
         block_size: the most tokens a block holds, 16 to 128. 128 is the fastest on GPUs.
         dense_layers: layers that always stay dense, counted over all attention layers of the transformer; negative
             numbers count from the end.
@@ -39,6 +49,8 @@ class DraftConfig:
             ``"torch"`` leaves them to the model's own. A backend set on the model with ``set_attention_backend`` wins.
         policy: how block pairs are chosen: a name of `draftattn.policies.POLICY_NAMES`, or that policy's own settings.
             ``selection`` belongs to ``"draft"``; the other fields hold for every policy.
+        schedule: sparsity by layer and by step, in place of ``sparsity``, for the policy ``"draft"``: a
+            `draftattn.schedule.SparsitySchedule`, or the path of a file that ``draftattn calibrate`` wrote.
 
     Raises:
         InputError: if a value is out of range; the message names it and what is allowed.
@@ -52,13 +64,16 @@ class DraftConfig:
     sparsity: float = 0.75
     warmup: float | int = 0.25
     selection: Selection = "row"
+    draft_keys: DraftKeys = "means"
     residual: bool = True
-    tile: tuple[int, int, int] | None = None
+    weighted_means: bool = True
+    tile: tuple[int, int, int] | TileRule | None = None
     block_size: int = MAX_BLOCK_SIZE
     dense_layers: tuple[int, ...] = ()
     backend: BackendName = "auto"
     dense_backend: DenseBackend = "auto"
     policy: str | PolicyConfig = "draft"
+    schedule: SparsitySchedule | str | Path | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:
@@ -70,6 +85,8 @@ class DraftConfig:
             )
         if self.selection not in get_args(Selection):
             raise InputError(f"selection is {self.selection!r}; choose from {', '.join(get_args(Selection))}")
+        if self.draft_keys not in get_args(DraftKeys):
+            raise InputError(f"draft_keys is {self.draft_keys!r}; choose from {', '.join(get_args(DraftKeys))}")
         if not isinstance(self.block_size, int) or not 16 <= self.block_size <= MAX_BLOCK_SIZE:
             raise InputError(f"block_size is {self.block_size!r}; a block holds 16 to {MAX_BLOCK_SIZE} tokens")
         if self.backend not in get_args(BackendName):
@@ -78,13 +95,35 @@ class DraftConfig:
             raise InputError(
                 f"dense_backend is {self.dense_backend!r}; choose from {', '.join(get_args(DenseBackend))}"
             )
-        if isinstance(self.policy, str) and self.policy not in POLICY_NAMES:
-            raise InputError(f"policy is {self.policy!r}; choose from {', '.join(POLICY_NAMES)}")
-        if self.tile is not None:
+        named = isinstance(self.policy, str) and self.policy in POLICY_NAMES
+        if not named and (isinstance(self.policy, str) or not callable(getattr(self.policy, "make", None))):
+            raise InputError(
+                f"policy is {self.policy!r}; choose from {', '.join(POLICY_NAMES)}, or give a policy's own settings"
+            )
+        if isinstance(self.tile, str):
+            validate_rule(self.tile)
+        elif self.tile is not None:
             object.__setattr__(self, "tile", tuple(validate_tile(self.tile, self.block_size)))
         if not isinstance(self.dense_layers, Iterable) or not all(type(layer) is int for layer in self.dense_layers):
             raise InputError(f"dense_layers is {self.dense_layers!r}; it must hold layer numbers")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if isinstance(self.schedule, (str, Path)):
+            object.__setattr__(self, "schedule", SparsitySchedule.load(self.schedule))
+        elif not isinstance(self.schedule, (SparsitySchedule, type(None))):
+            raise InputError(f"schedule is {self.schedule!r}; give a SparsitySchedule or the path of its file")
+        if self.schedule is not None and self.policy != "draft":
+            raise InputError(f"policy is {self.policy!r} with a schedule; a schedule is for the policy 'draft'")
+
+    def sparsity_at(self, layer: int, step: int | None, num_steps: int | None) -> float:
+        """Share of video block pairs dropped in one layer at one denoising step.
+
+        >>> DraftConfig(schedule=SparsitySchedule(steps=(0.5, 1.0), sparsity=(0.5, 0.9))).sparsity_at(0, 15, 20)
+        0.9
+        """
+        if self.schedule is None:
+            return self.sparsity
+        assert isinstance(self.schedule, SparsitySchedule)
+        return self.schedule.at(layer, step, num_steps)
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Leading dense steps of a run of ``num_steps``."""

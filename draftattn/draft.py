@@ -7,11 +7,37 @@ from einops import rearrange
 from torch import Tensor
 
 from draftattn.inputs import AttentionInputs
+from draftattn.kernels.block_lse import block_lse
 from draftattn.layout import BlockLayout
 
 
-def draft_scores(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
+def draft_scores(inputs: AttentionInputs, scale: float | None = None, weighted: bool = False) -> Tensor:
     r"""Scores :math:`\bar Q \bar K^\top / \sqrt D` between the mean queries and mean keys of the video blocks.
+
+    Args:
+        inputs: the attention call.
+        scale: factor of the scores, ``D ** -0.5`` if None.
+        weighted: take the weighted mean keys of `AttentionInputs.weighted_means` in place of the plain ones.
+
+    Returns:
+        float32 ``[B, H, V, V]`` with ``V`` the number of video blocks.
+    """
+    video_blocks = inputs.layout.num_video_blocks
+    mean_query = inputs.mean_query
+    mean_key = inputs.weighted_means(scale).key.to(mean_query.dtype) if weighted else inputs.mean_key
+    query, key = mean_query[:, :video_blocks], mean_key[:, :video_blocks]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = rearrange(query * scale, "b q (h group) d -> b h group q d", h=key.shape[2])
+    scores = query @ rearrange(key, "b k h d -> b h 1 d k")
+    return rearrange(scores, "b h group q k -> b (h group) q k")
+
+
+def draft_masses(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
+    r"""Log of the attention mass that the mean query of every block puts on every video block, but for a constant.
+
+    :math:`\log \sum_{j \in b} \exp(\bar q \cdot k_j / \sqrt D)`: by Jensen's inequality at least the draft score
+    :math:`\bar q \cdot \bar k_b / \sqrt D + \log n_b`, and more the more the keys of a block differ. Blocks in which
+    few keys matter much, which their mean hides, are found.
 
     Args:
         inputs: the attention call.
@@ -20,12 +46,10 @@ def draft_scores(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
     Returns:
         float32 ``[B, H, V, V]`` with ``V`` the number of video blocks.
     """
-    video_blocks = inputs.layout.num_video_blocks
-    query, key = inputs.mean_query[:, :video_blocks], inputs.mean_key[:, :video_blocks]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = rearrange(query * scale, "b q (h group) d -> b h group q d", h=key.shape[2])
-    scores = query @ rearrange(key, "b k h d -> b h 1 d k")
-    return rearrange(scores, "b h group q k -> b (h group) q k")
+    layout = inputs.layout
+    video = layout.num_video_blocks
+    scale = inputs.query.shape[-1] ** -0.5 if scale is None else scale
+    return block_lse(inputs.mean_query[:, :video], inputs.key, layout.offsets[: video + 1], scale, layout.block_size)
 
 
 def log_block_sizes(layout: BlockLayout) -> Tensor:

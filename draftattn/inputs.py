@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from draftattn.kernels.api import BlockMeans
 from draftattn.kernels.pooling import PooledBlocks, PoolRequest, pool_together
+from draftattn.kernels.weighted_pooling import pool_weighted
 from draftattn.layout import BlockLayout
 
 Pooled = Literal["query", "key", "value"]
@@ -36,6 +38,7 @@ class AttentionInputs:
     text_lengths: Tensor | None = None
     _key_offsets: list[Tensor] = field(default_factory=list, init=False, repr=False)
     _pooled: dict[str, PooledBlocks] = field(default_factory=dict, init=False, repr=False)
+    _weighted: dict[float | None, BlockMeans] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def key_offsets(self) -> Tensor:
@@ -47,7 +50,8 @@ class AttentionInputs:
     @property
     def mean_query(self) -> Tensor:
         """float32 ``[B, N, H, D]``."""
-        self.pool("query", "key")
+        if "query" not in self._pooled:
+            self.pool("query", "key")
         return self._pooled["query"].mean
 
     @property
@@ -69,6 +73,34 @@ class AttentionInputs:
         key, value = (self._pooled[name].rounded for name in ("key", "value"))
         assert value is not None
         return BlockMeans(self.mean_key.to(value.dtype) if key is None else key, value)
+
+    def weighted_means(self, scale: float | None = None) -> BlockMeans:
+        r"""Mean keys and values in which a token counts by what the mean query of the video would give it.
+
+        What a skipped block adds to a row is :math:`\sum_{j \in b} e^{q \cdot k_j} v_j`, and plain means are its first
+        order in :math:`q` around zero. Queries of a head share a large part, their mean :math:`\bar q`; around that
+        point the first order is :math:`e^{q \cdot \tilde k_b} \tilde v_b` with means weighted by
+        :math:`e^{\bar q \cdot k_j}`. Same columns and same kernel; only the pooling differs.
+
+        Args:
+            scale: factor of the scores, ``D ** -0.5`` if None.
+
+        Returns:
+            ``[B, N, H_kv, D]`` in the dtype of the tensors; query heads that share a key head share their mean.
+        """
+        if scale not in self._weighted:
+            if "query" not in self._pooled:
+                self.pool("query")
+            layout, key_heads = self.layout, self.key.shape[2]
+            group = self.query.shape[2] // key_heads
+            factor = self.query.shape[-1] ** -0.5 if scale is None else scale
+            # the mean over tokens and a group's heads, times the scale
+            weights = layout.offsets[: layout.num_video_blocks + 1].diff() * (factor / (group * layout.grid.num_tokens))
+            means = self._pooled["query"].mean[:, : layout.num_video_blocks].unflatten(2, (key_heads, group))
+            direction = torch.einsum("bnhgd,n->bhd", means, weights.to(means.dtype))
+            pooled = pool_weighted(self.key, self.value, direction, self.key_offsets, layout.block_size)
+            self._weighted[scale] = BlockMeans(*pooled)
+        return self._weighted[scale]
 
     def pool(self, *names: Pooled) -> None:
         """Pools what is named and not yet pooled, all together.

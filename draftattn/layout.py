@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from draftattn.errors import InputError
 
 PUBLISHED_TILE = (1, 8, 16)
 MAX_BLOCK_SIZE = 128
+_LONGEST_IN_TIME = 4  # frames of a space-time tile
+
+TileRule = Literal["frame", "space-time", "auto"]
 
 
 class TokenGrid(NamedTuple):
@@ -67,6 +70,18 @@ def validate_tile(tile: tuple[int, int, int], block_size: int) -> Tile:
     return checked
 
 
+def validate_rule(tile: str) -> TileRule:
+    """Checks the name of a rule that chooses tiles.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if tile not in get_args(TileRule):
+        names = ", ".join(get_args(TileRule))
+        raise InputError(f"tile is {tile!r}; give three positive integers (frames, height, width), or one of {names}")
+    return tile  # type: ignore[return-value]
+
+
 @lru_cache(maxsize=256)
 def choose_tile(grid: TokenGrid, block_size: int = MAX_BLOCK_SIZE) -> Tile:
     """The within-frame tile that covers a grid with the fewest blocks.
@@ -100,6 +115,41 @@ def choose_tile(grid: TokenGrid, block_size: int = MAX_BLOCK_SIZE) -> Tile:
             break
     assert best is not None  # one token per tile always fits
     return best[1]
+
+
+@lru_cache(maxsize=256)
+def choose_space_time_tile(grid: TokenGrid, block_size: int = MAX_BLOCK_SIZE) -> Tile:
+    """The tile of two to four frames that covers a grid with the fewest blocks.
+
+    Neighbouring frames resemble each other more than distant parts of one frame do, so the tokens of a compact
+    space-time tile have more alike queries, keys and values than those of a flat one of as many tokens: the draft is
+    more precise and the means of skipped blocks lose less. The rule: of all ways to cut frames, rows and columns into
+    equal pieces of 2 to 4 frames and an area whose longer side is at most twice the shorter, take the one with the
+    fewest blocks; of equals the most compact. A grid of one frame gets the tile of `choose_tile`.
+
+    >>> choose_space_time_tile(TokenGrid(21, 30, 52)), choose_space_time_tile(TokenGrid(9, 16, 28))
+    (Tile(frames=3, height=6, width=7), Tile(frames=3, height=6, width=7))
+    """
+    best: tuple[tuple[int, int], Tile] | None = None
+    for frames in range(2, min(grid.frames, _LONGEST_IN_TIME) + 1):
+        if _even(grid.frames, frames) != frames:
+            continue
+        area = choose_tile(TokenGrid(1, grid.height, grid.width), block_size // frames)
+        tile = Tile(frames, area.height, area.width)
+        num_blocks = math.prod(math.ceil(side / extent) for side, extent in zip(grid, tile, strict=True))
+        cost = num_blocks, sum(tile)
+        if best is None or cost < best[0]:
+            best = cost, tile
+    return choose_tile(grid, block_size) if best is None else best[1]
+
+
+def spans_frames(tile: tuple[int, int, int] | TileRule | None) -> bool:
+    """Whether tiles hold tokens of several frames, so that the order of frames is not kept.
+
+    >>> spans_frames((2, 8, 8)), spans_frames("space-time"), spans_frames(None), spans_frames("auto")
+    (True, True, False, False)
+    """
+    return tile == "space-time" if tile is None or isinstance(tile, str) else tile[0] > 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +219,7 @@ class BlockLayout:
 
 def block_layout(
     grid: TokenGrid,
-    tile: tuple[int, int, int] | None = None,
+    tile: tuple[int, int, int] | TileRule | None = None,
     *,
     block_size: int = MAX_BLOCK_SIZE,
     num_text_tokens: int = 0,
@@ -179,7 +229,8 @@ def block_layout(
 
     Args:
         grid: ``(frames, height, width)`` in tokens.
-        tile: largest extent of a block; None for `choose_tile`. A side longer than the grid's is cut to it.
+        tile: largest extent of a block, or a rule: ``"frame"`` and None for `choose_tile`, ``"space-time"`` and
+            ``"auto"`` for `choose_space_time_tile`. A side longer than the grid's is cut to it.
         block_size: the most tokens a block holds, at most 128.
         num_text_tokens: text tokens that follow the video.
         device: where the index tensors live.
@@ -196,7 +247,11 @@ def block_layout(
     if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise InputError(f"block_size is {block_size!r}; a block holds 1 to {MAX_BLOCK_SIZE} tokens")
     grid = TokenGrid(*grid)
-    chosen = choose_tile(grid, block_size) if tile is None else validate_tile(tile, block_size)
+    if tile is None or isinstance(tile, str):
+        rule = choose_tile if validate_rule(tile or "frame") == "frame" else choose_space_time_tile
+        chosen = rule(grid, block_size)
+    else:
+        chosen = validate_tile(tile, block_size)
     return _build_layout(grid, chosen, block_size, num_text_tokens, torch.device(device))
 
 

@@ -101,17 +101,18 @@ def pool_reference(request: PoolRequest) -> PooledBlocks:
     return PooledBlocks(
         mean=mean,
         rounded=mean.to(x.dtype) if request.rounded else None,
-        maximum=_reduce_blocks(x, offsets, "max") if request.maximum else None,
+        maximum=reduce_blocks(x, offsets, "max") if request.maximum else None,
         mean_square=None if square is None else pool_blocks_reference(square, offsets),
     )
 
 
 def pool_blocks_reference(x: Tensor, offsets: Tensor) -> Tensor:
     """``pool_blocks`` in plain torch."""
-    return _reduce_blocks(x, offsets, "sum") / offsets.diff(dim=-1).clamp(min=1)[..., None, None]
+    return reduce_blocks(x, offsets, "sum") / offsets.diff(dim=-1).clamp(min=1)[..., None, None]
 
 
-def _reduce_blocks(x: Tensor, offsets: Tensor, mode: Literal["sum", "max"]) -> Tensor:
+def reduce_blocks(x: Tensor, offsets: Tensor, mode: Literal["sum", "max"]) -> Tensor:
+    """Sums or maxima of blocks in plain torch, ``[B, N, H, D]`` in at least float32; zeros for empty blocks."""
     batch, length, heads, head_dim = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     # Tokens before the first block and after the last one form two more bags, dropped below.

@@ -82,21 +82,21 @@ class TestSparse:
         output = draft_attention(*tensors, layout, config, text_lengths=text_lengths)
         torch.testing.assert_close(output, sdpa(*tensors, mask=allowed), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("weighted", [False, True], ids=["plain means", "weighted means"])
     def test_residual_adds_the_means_of_skipped_blocks_weighted_by_their_tokens(
-        self, lengths: list[int] | None, selection: str, backend: str
+        self, weighted: bool, lengths: list[int] | None, selection: str, backend: str
     ) -> None:
         layout = block_layout(TokenGrid(3, 5, 7), block_size=16, num_text_tokens=20)
         query, key, value = tensors = random_qkv(layout.num_tokens)
         text_lengths = None if lengths is None else torch.tensor(lengths)
-        config = DraftConfig(sparsity=0.7, block_size=16, selection=selection, residual=True, backend=backend)
+        config = DraftConfig(
+            sparsity=0.7, block_size=16, selection=selection, residual=True, weighted_means=weighted, backend=backend
+        )
         mask = mask_of(tensors, layout, config, text_lengths)
 
         video_blocks = layout.num_video_blocks
         block_lengths = layout.offsets.diff().tolist()
-        means = [
-            torch.stack([block.mean(1) for block in x.split(block_lengths, 1)], dim=1)[:, :video_blocks]
-            for x in (key, value)
-        ]
+        means = literal_means(query, key, value, block_lengths, video_blocks, weighted)
         log_count = torch.tensor(block_lengths[:video_blocks]).log()
         rows = mask.block_map[..., :video_blocks].repeat_interleave(torch.tensor(block_lengths), dim=2)
         mean_bias = torch.where(rows, -torch.inf, log_count)
@@ -109,6 +109,20 @@ class TestSparse:
         )
         output = draft_attention(*tensors, layout, config, text_lengths=text_lengths)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def literal_means(
+    query: Tensor, key: Tensor, value: Tensor, block_lengths: list[int], num_blocks: int, weighted: bool
+) -> list[Tensor]:
+    """Means of the first blocks, plain or weighted by the softmax of what a head's mean video query gives a token."""
+    mean_query = query[:, : sum(block_lengths[:num_blocks])].mean(1)  # [B, H, D]
+    mean_query = mean_query.unflatten(1, (key.shape[2], -1)).mean(2) * query.shape[-1] ** -0.5 * weighted
+    means: list[list[Tensor]] = [[], []]
+    for keys, values in zip(*(x.split(block_lengths, 1)[:num_blocks] for x in (key, value)), strict=True):
+        weights = torch.softmax(torch.einsum("bshd,bhd->bsh", keys, mean_query), dim=1)
+        for kept, x in zip(means, (keys, values), strict=True):
+            kept.append(torch.einsum("bsh,bshd->bhd", weights, x))
+    return [torch.stack(kept, dim=1) for kept in means]
 
 
 def test_residual_is_nearer_to_dense_than_dropping() -> None:

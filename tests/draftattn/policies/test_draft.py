@@ -11,13 +11,14 @@ from torch import Tensor
 
 from draftattn import BlockLayout, BlockMask, DraftConfig, TokenGrid, block_layout, inputs
 from draftattn.attention import attend
+from draftattn.config import Selection
 from draftattn.draft import draft_map
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels import pooling
 from draftattn.kernels import selection as kernel_selection
 from draftattn.policies.draft import DraftPolicy
 from draftattn.policy import CallContext
-from draftattn.selection import select_per_row
+from draftattn.selection import select_per_head, select_per_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -187,7 +188,52 @@ def test_per_row_keeps_what_is_largest_in_the_draft_map(sparsity: float) -> None
     query, key, value = random_qkv(layout.num_tokens)
     # nearly equal scores, so that the sizes of the blocks decide
     call = AttentionInputs(query * 1e-2, key, value, layout)
-    assert torch.equal(mask_of(call, sparsity=sparsity).block_map, select_per_row(draft_map(call), sparsity))
+    chosen = mask_of(call, sparsity=sparsity, weighted_means=False).block_map
+    assert torch.equal(chosen, select_per_row(draft_map(call), sparsity))
+
+
+def test_with_weighted_means_the_draft_is_made_from_them() -> None:
+    layout = block_layout(RAGGED, (2, 4, 8), block_size=64)
+    query, key, value = random_qkv(layout.num_tokens, heads=4, kv_heads=2)
+    call = AttentionInputs(query + 2, key, value, layout)
+    query_means = call.mean_query.unflatten(2, (2, 2))
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", query_means, call.weighted_means().key).flatten(1, 2) / 4
+    expected = select_per_row(scores + layout.offsets.diff().log(), 0.75)
+    chosen = mask_of(call, sparsity=0.75).block_map
+    assert torch.equal(chosen, expected)
+    assert not torch.equal(chosen, select_per_row(draft_map(call), 0.75))
+
+
+@pytest.mark.parametrize("selection", ["row", "head"])
+def test_with_tokens_the_draft_is_the_exact_mass_of_the_mean_queries(selection: Selection) -> None:
+    layout = block_layout(RAGGED, (2, 4, 8), block_size=64, num_text_tokens=20)
+    query, key, value = random_qkv(layout.num_tokens, heads=4, kv_heads=2, dim=64)
+    call = AttentionInputs(8 * query, key, value, layout)
+    video, tokens = layout.num_video_blocks, layout.grid.num_tokens
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", call.mean_query[:, :video].unflatten(2, (2, 2)), key[:, :tokens]) / 8
+    masses = [
+        x.sum(-1) for x in scores.flatten(1, 2).softmax(-1).split(layout.offsets[: video + 1].diff().tolist(), -1)
+    ]
+    expected = (select_per_row if selection == "row" else select_per_head)(torch.stack(masses, -1), 0.75)
+    chosen = mask_of(call, sparsity=0.75, selection=selection, draft_keys="tokens").block_map
+    assert torch.equal(chosen[..., :video, :video], expected)
+    assert chosen[..., video:].all()
+    assert not torch.equal(chosen, mask_of(call, sparsity=0.75, selection=selection).block_map)
+
+
+def test_weighted_means_are_pooled_once_and_spare_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, config = blocked_qkv(block_layout(RAGGED, block_size=32)), DraftConfig()
+    calls: list[str] = []
+    for name in ("pool_together", "pool_weighted"):
+        original = getattr(inputs, name)
+
+        def noted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(inputs, name, noted)
+    attend(call, DraftPolicy(config)(call, CallContext()), config)
+    assert calls == ["pool_together", "pool_weighted"]
 
 
 class TestPooling:
@@ -204,13 +250,18 @@ class TestPooling:
         return calls
 
     @pytest.mark.parametrize(
-        ("residual", "expected"), [(True, [[False, True, True]]), (False, [[False, False]])], ids=["residual", "plain"]
+        ("settings", "expected"),
+        [
+            ({"weighted_means": False}, [[False, True, True]]),
+            ({"residual": False}, [[False, False]]),
+        ],
+        ids=["residual", "plain"],
     )
     @pytest.mark.parametrize("selection", ["row", "head"])
     def test_everything_needed_is_pooled_in_one_go(
-        self, pooled: list[list[bool]], selection: str, residual: bool, expected: list[list[bool]]
+        self, pooled: list[list[bool]], selection: str, settings: dict[str, bool], expected: list[list[bool]]
     ) -> None:
-        config = DraftConfig(selection=selection, residual=residual)
+        config = DraftConfig(selection=selection, **settings)  # type: ignore[arg-type]
         call = blocked_qkv(block_layout(RAGGED, block_size=32))
         attend(call, DraftPolicy(config)(call, CallContext()), config)
         assert pooled == expected
@@ -237,7 +288,7 @@ def road(layout: BlockLayout, policy: DraftPolicy, *tensors: Tensor) -> tuple[Te
     """From tensors to all that a kernel takes."""
     call = AttentionInputs(*tensors[:3], layout, tensors[3] if len(tensors) > 3 else None)
     mask = policy(call, CallContext())
-    means = call.block_means if policy.config.residual else ()
+    means = call.weighted_means() if policy.config.residual else ()
     return mask.kv_num_blocks, mask.kv_indices, mask.key_offsets, mask.block_map, *means
 
 

@@ -1,0 +1,158 @@
+"""Sparsity that changes over the steps of a run and from layer to layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from draftattn.errors import InputError
+from draftattn.files import check_writable, written_whole
+
+_FORMAT = "draftattn sparsity schedule, version 1"
+
+
+@dataclass(frozen=True)
+class SparsitySchedule:
+    """Sparsity for ranges of denoising steps, the same for all layers or one for each.
+
+    Early steps decide the layout of a scene and late ones its details, and layers differ in how much attention they
+    can lose; a schedule spends one budget where it counts. It says nothing of warm-up: a dense step stays dense.
+
+    Args:
+        steps: where each range ends, as shares of a run, ascending to 1.0: a step belongs to the first range whose end
+            lies above ``step / num_steps``.
+        sparsity: for each range a share of video block pairs dropped in [0, 1), or one such share per attention layer.
+
+    Raises:
+        InputError: if these do not fit together or are out of range.
+
+    >>> schedule = SparsitySchedule(steps=(0.3, 1.0), sparsity=(0.5, (0.9, 0.8)))
+    >>> schedule.at(layer=1, step=0, num_steps=50), schedule.at(layer=1, step=15, num_steps=50)
+    (0.5, 0.8)
+    """
+
+    steps: tuple[float, ...]
+    sparsity: tuple[float | tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", _as_numbers("steps", self.steps))
+        rows = self.sparsity
+        if not isinstance(rows, (tuple, list)) or len(rows) != len(self.steps) or not rows:
+            raise InputError(f"sparsity is {rows!r}; it must hold one entry for each of the {len(self.steps)} ranges")
+        rows = tuple(row if isinstance(row, Real) else _as_numbers("sparsity", row) for row in rows)
+        object.__setattr__(self, "sparsity", rows)
+        if self.steps[-1] != 1 or self.steps[0] <= 0 or any(first >= second for first, second in pairwise(self.steps)):
+            raise InputError(f"steps is {self.steps!r}; it must ascend from above 0 to 1.0")
+        for share in (share for row in rows for share in (row if isinstance(row, tuple) else (row,))):
+            if not 0 <= share < 1:
+                raise InputError(f"sparsity holds {share!r}; it must be in [0, 1): the share of blocks dropped")
+        if len({len(row) for row in rows if isinstance(row, tuple)}) > 1 or () in rows:
+            raise InputError(f"sparsity is {rows!r}; ranges with a share per layer must name the same layers")
+
+    def __str__(self) -> str:
+        """A short name, fit for a file: the mean sparsity and a digest of the rest."""
+        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+        return f"{self.mean():.4g}of{digest}"
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers it names, or None where it holds for any number of them."""
+        return next((len(row) for row in self.sparsity if isinstance(row, tuple)), None)
+
+    def at(self, layer: int, step: int | None, num_steps: int | None) -> float:
+        """Sparsity of one layer at one step.
+
+        Raises:
+            InputError: if the layer is not named, or the step is not known though it matters.
+        """
+        if step is None or num_steps is None:
+            if len(self.steps) > 1:
+                raise InputError("the schedule changes over the steps, but the denoising step is not known")
+            step, num_steps = 0, 1
+        # a hair's breadth decides against the rounding of shares such as 0.3
+        position = step / num_steps + 1e-9
+        row = next(row for end, row in zip(self.steps, self.sparsity, strict=True) if position < end or end == 1)
+        if not isinstance(row, tuple):
+            return row
+        if not 0 <= layer < len(row):
+            raise InputError(f"the schedule names {len(row)} attention layers; the model has a layer {layer}")
+        return row[layer]
+
+    def mean(self, num_steps: int = 1000) -> float:
+        """Mean sparsity of a run over steps and layers.
+
+        >>> SparsitySchedule(steps=(0.5, 1.0), sparsity=(0.5, (0.9, 0.8))).mean()
+        0.675
+        """
+        layers = range(self.num_layers or 1)
+        total = sum(self.at(layer, step, num_steps) for layer in layers for step in range(num_steps))
+        return round(total / (len(layers) * num_steps), 9)
+
+    def save(self, path: str | Path, made: dict[str, Any] | None = None) -> None:
+        """Writes a JSON file, whole or not at all.
+
+        Args:
+            path: the file.
+            made: how the schedule came about, kept beside it; anything JSON can hold.
+        """
+        check_writable(Path(path))
+        rows = [list(row) if isinstance(row, tuple) else row for row in self.sparsity]
+        content = {"format": _FORMAT, "steps": list(self.steps), "sparsity": rows, "made": made or {}}
+        with written_whole(Path(path)) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparsitySchedule:
+        """Reads the file of `save`.
+
+        Raises:
+            InputError: if it cannot be read or holds no schedule.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"schedule {str(path)!r} cannot be read: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise InputError(f"schedule {str(path)!r} is not a file of 'draftattn calibrate' ({_FORMAT})")
+        rows = content.get("sparsity")
+        if not isinstance(rows, list):
+            raise InputError(f"schedule {str(path)!r} has no sparsity")
+        return cls(content.get("steps", ()), tuple(tuple(row) if isinstance(row, list) else row for row in rows))
+
+
+def growing(first: float, last: float, until: float = 0.5, ranges: int = 4) -> SparsitySchedule:
+    """Sparsity that grows in equal jumps from ``first`` at the beginning to ``last`` from the share ``until`` on.
+
+    The steps after a short warm-up are the ones that decide most; with a gentler sparsity there the warm-up can be
+    shorter.
+
+    Args:
+        first: sparsity of the first steps.
+        last: sparsity from ``until`` on.
+        until: share of the run at which ``last`` is reached, in (0, 1).
+        ranges: levels of sparsity, ``last`` among them; at least 2.
+
+    Raises:
+        InputError: if a value is out of range.
+
+    >>> growing(0.5, 0.9, until=0.3, ranges=3)
+    SparsitySchedule(steps=(0.15, 0.3, 1.0), sparsity=(0.5, 0.7, 0.9))
+    """
+    if not 0 < until < 1 or ranges < 2:
+        raise InputError(f"until is {until!r} and ranges {ranges!r}; they must be in (0, 1) and at least 2")
+    ends = [round(until * i / (ranges - 1), 6) for i in range(1, ranges)]
+    shares = [round(first + (last - first) * i / (ranges - 1), 6) for i in range(ranges)]
+    return SparsitySchedule((*ends, 1.0), tuple(shares))
+
+
+def _as_numbers(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, (tuple, list)) or not values:
+        raise InputError(f"{name} is {values!r}; it must be a list of numbers")
+    if not all(isinstance(value, Real) and not isinstance(value, bool) for value in values):
+        raise InputError(f"{name} is {values!r}; it must hold numbers")
+    return tuple(float(value) for value in values)

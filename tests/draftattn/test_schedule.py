@@ -1,0 +1,89 @@
+"""Sparsity by layer and step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from draftattn import DraftConfig, InputError, TokenGrid, block_layout
+from draftattn.inputs import AttentionInputs
+from draftattn.policies import make_policy
+from draftattn.policy import CallContext
+from draftattn.schedule import SparsitySchedule, growing
+
+TWO_RANGES = SparsitySchedule(steps=(0.3, 1.0), sparsity=(0.5, (0.9, 0.25)))
+
+
+def test_every_step_belongs_to_one_range() -> None:
+    schedule = SparsitySchedule((0.3, 0.6, 1.0), (0.1, 0.2, 0.3))
+    for num_steps in (1, 3, 7, 10, 50):
+        seen = [schedule.at(0, step, num_steps) for step in range(num_steps)]
+        assert seen == [(0.1, 0.2, 0.3)[(10 * step >= 3 * num_steps) + (10 * step >= 6 * num_steps)]
+                        for step in range(num_steps)]  # fmt: skip
+
+
+def test_the_policy_keeps_what_the_schedule_says_for_layer_and_step() -> None:
+    layout = block_layout(TokenGrid(4, 8, 8), block_size=16)
+    inputs = AttentionInputs(*torch.randn(3, 1, layout.num_tokens, 2, 16).unbind(), layout)
+    policy = make_policy(DraftConfig(schedule=TWO_RANGES, block_size=16))
+    for layer, step, kept in ((0, 0, 8), (1, 2, 8), (0, 3, 2), (1, 9, 12)):
+        assert policy(inputs, CallContext(layer, step, 10)).kv_num_blocks.unique().tolist() == [kept]
+
+
+def test_a_file_gives_the_schedule_back_and_a_config_takes_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    TWO_RANGES.save(path, {"model": "tiny"})
+    assert SparsitySchedule.load(path) == TWO_RANGES
+    assert DraftConfig(schedule=path).schedule == DraftConfig(schedule=str(path)).schedule == TWO_RANGES
+    assert json.loads(path.read_text())["made"] == {"model": "tiny"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["schedule.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((0.5, 0.4, 1.0), (0.1, 0.2, 0.3)), "must ascend"),
+        (((0.5, 0.9), (0.1, 0.2)), "ascend from above 0 to 1.0"),
+        (((0.0, 1.0), (0.1, 0.2)), "must ascend"),
+        (((1.0,), (1.0,)), "in \\[0, 1\\)"),
+        (((1.0,), ((0.5, -0.1),)), "in \\[0, 1\\)"),
+        (((1.0,), ((),)), "must be a list of numbers"),
+        (((0.5, 1.0), ((0.1, 0.2), (0.1,))), "same layers"),
+        (((0.5, 1.0), (0.1,)), "one entry for each of the 2 ranges"),
+        ((("half", 1.0), (0.1, 0.2)), "must hold numbers"),
+    ],
+)
+def test_refusals(arguments: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SparsitySchedule(*arguments)
+
+
+def test_a_layer_it_does_not_name_and_an_unknown_step_are_refused() -> None:
+    with pytest.raises(InputError, match="names 2 attention layers; the model has a layer 2"):
+        TWO_RANGES.at(2, 9, 10)
+    with pytest.raises(InputError, match="step is not known"):
+        TWO_RANGES.at(0, None, None)
+    assert SparsitySchedule((1.0,), (0.4,)).at(7, None, None) == 0.4
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": "other"}', '{"format": "draftattn sparsity schedule, version 1"}']
+)
+def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="schedule"):
+        DraftConfig(schedule=path)
+    with pytest.raises(InputError, match="cannot be read"):
+        SparsitySchedule.load(tmp_path / "none.json")
+
+
+def test_growing_begins_and_ends_where_asked() -> None:
+    schedule = growing(0.4, 0.9, until=0.5, ranges=3)
+    assert [schedule.at(0, step, 8) for step in range(8)] == [0.4, 0.4, 0.65, 0.65, 0.9, 0.9, 0.9, 0.9]
+    with pytest.raises(InputError, match="until is 1"):
+        growing(0.4, 0.9, until=1)
