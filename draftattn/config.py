@@ -38,7 +38,7 @@ class DraftConfig:
         weighted_means: means of the residual in which a token counts as much as the call's mean query would attend to
             it (`draftattn.inputs.AttentionInputs.weighted_means`); False takes plain means.
         tile: largest extent of a block in ``(frames, height, width)`` tokens, or a rule that picks it for the size:
-            ``"frame"`` and None the within-frame tile with the fewest blocks (`draftattn.layout.choose_tile`),
+            ``"frame"`` the within-frame tile with the fewest blocks (`draftattn.layout.choose_tile`),
             ``"space-time"`` one of two to four frames (`draftattn.layout.choose_space_time_tile`), and ``"auto"`` the
             latter wherever the model lets tokens of different frames change places, the former elsewhere.
         block_size: the most tokens a block holds, 16 to 128. 128 is the fastest on GPUs.
@@ -67,7 +67,7 @@ class DraftConfig:
     draft_keys: DraftKeys = "means"
     residual: bool = True
     weighted_means: bool = True
-    tile: tuple[int, int, int] | TileRule | None = None
+    tile: tuple[int, int, int] | TileRule = "auto"
     block_size: int = MAX_BLOCK_SIZE
     dense_layers: tuple[int, ...] = ()
     backend: BackendName = "auto"
@@ -102,7 +102,7 @@ class DraftConfig:
             )
         if isinstance(self.tile, str):
             validate_rule(self.tile)
-        elif self.tile is not None:
+        else:
             object.__setattr__(self, "tile", tuple(validate_tile(self.tile, self.block_size)))
         if not isinstance(self.dense_layers, Iterable) or not all(type(layer) is int for layer in self.dense_layers):
             raise InputError(f"dense_layers is {self.dense_layers!r}; it must hold layer numbers")

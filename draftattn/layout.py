@@ -143,13 +143,13 @@ def choose_space_time_tile(grid: TokenGrid, block_size: int = MAX_BLOCK_SIZE) ->
     return choose_tile(grid, block_size) if best is None else best[1]
 
 
-def spans_frames(tile: tuple[int, int, int] | TileRule | None) -> bool:
+def spans_frames(tile: tuple[int, int, int] | TileRule) -> bool:
     """Whether tiles hold tokens of several frames, so that the order of frames is not kept.
 
-    >>> spans_frames((2, 8, 8)), spans_frames("space-time"), spans_frames(None), spans_frames("auto")
+    >>> spans_frames((2, 8, 8)), spans_frames("space-time"), spans_frames("frame"), spans_frames("auto")
     (True, True, False, False)
     """
-    return tile == "space-time" if tile is None or isinstance(tile, str) else tile[0] > 1
+    return tile == "space-time" if isinstance(tile, str) else tile[0] > 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +219,7 @@ class BlockLayout:
 
 def block_layout(
     grid: TokenGrid,
-    tile: tuple[int, int, int] | TileRule | None = None,
+    tile: tuple[int, int, int] | TileRule = "frame",
     *,
     block_size: int = MAX_BLOCK_SIZE,
     num_text_tokens: int = 0,
@@ -229,7 +229,7 @@ def block_layout(
 
     Args:
         grid: ``(frames, height, width)`` in tokens.
-        tile: largest extent of a block, or a rule: ``"frame"`` and None for `choose_tile`, ``"space-time"`` and
+        tile: largest extent of a block, or a rule: ``"frame"`` for `choose_tile`, ``"space-time"`` and
             ``"auto"`` for `choose_space_time_tile`. A side longer than the grid's is cut to it.
         block_size: the most tokens a block holds, at most 128.
         num_text_tokens: text tokens that follow the video.
@@ -247,8 +247,8 @@ def block_layout(
     if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise InputError(f"block_size is {block_size!r}; a block holds 1 to {MAX_BLOCK_SIZE} tokens")
     grid = TokenGrid(*grid)
-    if tile is None or isinstance(tile, str):
-        rule = choose_tile if validate_rule(tile or "frame") == "frame" else choose_space_time_tile
+    if isinstance(tile, str):
+        rule = choose_tile if validate_rule(tile) == "frame" else choose_space_time_tile
         chosen = rule(grid, block_size)
     else:
         chosen = validate_tile(tile, block_size)

@@ -56,8 +56,8 @@ def describe(key: str, value: Any) -> str:
 def plain(key: str, value: Any) -> str:
     """A setting's value as a table shows it.
 
-    >>> plain("warmup", 0.25), plain("warmup", 5), plain("tile", None), plain("residual", True)
-    ('25 %', '5 steps', 'by rule', 'yes')
+    >>> plain("warmup", 0.25), plain("warmup", 5), plain("tile", "auto"), plain("residual", True)
+    ('25 %', '5 steps', 'auto', 'yes')
     """
     match key, value:
         case _, bool():
@@ -68,8 +68,6 @@ def plain(key: str, value: Any) -> str:
             return f"{value} step{'' if value == 1 else 's'}"
         case (("tile" | "block_shape"), list() | tuple()):
             return "×".join(map(str, value))
-        case "tile", None:
-            return "by rule"
         case _, list() | tuple():
             return ", ".join(map(str, value)) or "none"
         case _, None:

@@ -75,7 +75,7 @@ Tiles = Annotated[
     str | None,
     typer.Option(
         "--tile",
-        help="Tiles such as 1x8x16, or frame, space-time, auto; rule is the default.",
+        help="Tiles such as 1x8x16, or rules: frame, space-time, auto. Default auto.",
         rich_help_panel=GRID_PANEL,
     ),
 ]
@@ -169,7 +169,7 @@ def read_settings(
         "warmup": (warmup, options.read_warmup),
         "selection": (selection, str),
         "residual": (residual, _read_residual),
-        "tile": (tile, lambda text: None if text == "rule" else options.read_tile(text)),
+        "tile": (tile, options.read_tile),
         "policy": (policy, read_policy),
         "weighted_means": (means, _read_means),
         "draft_keys": (draft_keys, str),

@@ -56,7 +56,7 @@ TileOption = Annotated[
     typer.Option(
         "--tile",
         help="Frames×rows×columns of tokens in a block, such as 1x8x16, or a rule that picks them for the size: "
-        "frame (within one frame), space-time (of several), auto (the latter where the model allows).",
+        "frame (within one frame), space-time (of several), auto (the latter where the model allows). Default auto.",
         rich_help_panel=DRAFT_PANEL,
     ),
 ]

@@ -104,6 +104,7 @@ class NSA(AttentionSystem):
 
     def __init__(self, config: NSAConfig) -> None:
         super().__init__(config)
+        self.branches: dict[int, NSABranches] = {}  # what is added, by layer
         self._modules: dict[int, nn.Module] = {}
         self._hooks: list[Any] = []
         self._calls: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -115,14 +116,14 @@ class NSA(AttentionSystem):
         turn = None if self.config.compression == "mean" else rotary_turn(model)  # type: ignore[arg-type]
         if self.config.weights is not None:
             load_branches(made, Path(self.config.weights), self.config)
-        self._turn, self._modules = turn, dict(layers)
+        self.branches, self._turn, self._modules = made, turn, dict(layers)
         for layer, module in layers.items():
             module.add_module(CHILD, made[layer])
             self._hooks.append(module.register_forward_pre_hook(_NoteCall(self, layer), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(_ForgetCall(self, layer)))
 
     def detach(self) -> None:
-        """Takes the parameters out of the model; `branches` still has them."""
+        """Takes the parameters out of the model; ``branches`` still has them, to be saved."""
         while self._hooks:
             self._hooks.pop().remove()
         for module in self._modules.values():
@@ -141,11 +142,6 @@ class NSA(AttentionSystem):
         )
         return branches.to(device=weight.device, dtype=weight.dtype)
 
-    @property
-    def branches(self) -> Mapping[int, NSABranches]:
-        """What is added, by layer."""
-        return {layer: getattr(module, CHILD) for layer, module in self._modules.items()}
-
     def parameters(self) -> list[nn.Parameter]:
         """The added parameters, for an optimizer that trains them alone."""
         return [x for branches in self.branches.values() for x in branches.parameters()]
@@ -163,7 +159,7 @@ class NSA(AttentionSystem):
     def attend(self, call: AttentionCall) -> Tensor:
         """The three branches of one call."""
         hidden_states, position_ids = self._calls[call.layer]
-        branches = getattr(call.module, CHILD)
+        branches = self.branches[call.layer]
         compressed = self._compressed(call, branches, hidden_states.shape[0], position_ids)
         gates = branches.gates(call.take(hidden_states))
         output, mask = nsa_attention(call.query, call.key, call.value, *compressed, gates, self.config, call.scale)

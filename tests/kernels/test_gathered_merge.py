@@ -40,7 +40,7 @@ def test_the_kernel_and_the_reference_are_a_softmax_over_parts(dtype, head_dim, 
     for merge in (merge_gathered, merge_gathered_reference, triton_gathered_merge.merge_gathered):
         merged = merge(*given)
         assert merged.dtype == dtype
-        assert (merged - truth).norm() <= 2 * torchs
+        assert (merged - truth).norm() <= 2 * torchs + 1e-7 * truth.norm()
         assert not merged[6, 1].any()
 
 

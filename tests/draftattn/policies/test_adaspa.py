@@ -55,7 +55,7 @@ class TestSearch:
     def test_heads_that_keep_most_give_blocks_to_those_that_keep_least(self, call: Call) -> None:
         inputs = call(heads=4, kv_heads=2)
         inputs.query[:, :, 1] *= 3  # peaked
-        inputs.query[:, :, 2] *= 0.05  # flat
+        inputs.query[:, :, 2] *= 0.3  # flat
         made = AdaSpaConfig(high_recall=0.9).make(DraftConfig(sparsity=0.75))(inputs, CallContext()).block_map[0]
         masses = [block_mass(inputs, 0, head) for head in range(4)]
         lengths = inputs.layout.offsets.diff().double()

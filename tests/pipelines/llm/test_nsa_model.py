@@ -209,6 +209,7 @@ def test_weights_survive_a_file(lm: SimpleNamespace, tmp_path: Path) -> None:
     model = lm.model()
     handle = trained(apply(model, "nsa", **PAPER))
     expected = model(ids).logits
+    handle.remove()
     handle.system.save(path)
     assert [x.name for x in tmp_path.iterdir()] == [path.name]
     apply(model, "nsa", weights=str(path), **PAPER)

@@ -77,7 +77,8 @@ def test_layer_equals_native_sparse_attention_pytorch() -> None:
         compress_mlp=networks.SingleProjection(HEAD_DIM, block),
     ).double()  # fmt: skip
     for name, parameter in layer.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.1 if "compress.compress" in name else 0.4)
+        # scores so moderate that it never leaves out a chosen block for a share below 1e-10
+        torch.nn.init.normal_(parameter, std=0.1 if "compress.compress" in name else 0.2)
     with torch.no_grad():
         layer.rotary_emb.freqs.zero_()
         layer.v_intrablock_positions.zero_()
@@ -115,7 +116,7 @@ def test_layer_equals_native_sparse_attention_pytorch() -> None:
             ours.weight.copy_(weight.permute(1, 2, 0).expand_as(ours.weight))
         branches.key_compression.offset.copy_(layer.k_intrablock_positions)
 
-    x = torch.randn(2, 61, dim, dtype=torch.float64)
+    x = torch.randn(2, 61, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x[..., 0] = 1.0
     position_ids = torch.arange(61)[None]
     ranges = create_causal_mask(config=model.config, inputs_embeds=x, attention_mask=None, past_key_values=None)

@@ -228,9 +228,9 @@ def test_chunks_of_a_prompt_are_gated_with_the_keys_before_them(
 def test_decoding_is_the_masked_softmax_of_what_the_gate_chose(
     options: dict[str, Any], choose: Any, lm: SimpleNamespace, tmp_path: Path
 ) -> None:
-    model, ids = lm.model(), lm.ids(75)
+    model, ids = lm.model(), lm.ids(58)
     gate_set = make_gates(tmp_path, "decode")
-    chunks = [35, 5] + [1] * 35
+    chunks = [35, 5] + [1] * 18
     exact, rough = [], []
     for dtype, logits in ((torch.float64, exact), (torch.float32, rough)):
         literal = Literal(model, dtype, decode_select(gate_set, choose))
@@ -249,10 +249,10 @@ def test_decoding_is_the_masked_softmax_of_what_the_gate_chose(
     filled = model(ids[:, :35]).past_key_values
     apply(model, "seer", gates=str(tmp_path), **options)
     assert torch.allclose(in_chunks(model, ids[:, 35:], chunks[1:], filled), logits[:, 35:], atol=1e-4)
-    others = lm.ids(75, seed=1)
+    others = lm.ids(58, seed=1)
     cache = model(torch.cat([others, ids])[:, :40]).past_key_values
     cache.reorder_cache(torch.tensor([1, 0], device=ids.device))
-    both = in_chunks(model, torch.cat([ids, others])[:, 40:], [1] * 35, cache)
+    both = in_chunks(model, torch.cat([ids, others])[:, 40:], [1] * 18, cache)
     assert torch.allclose(both[:1], logits[:, 40:], atol=1e-4)
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from draftattn.pipelines.llm import apply
 
-
-# where two stretches of 512 tokens begin; much of this text repeats what has left a window, where no window can do well
-STARTS = (0, 2000)
+# where stretches of 512 tokens begin; on one alone sinks may be ahead of dense attention, or a sixth behind
+STARTS = (0, 2000, 4000, 6000, 20000, 40000)
 
 
 @torch.no_grad()
@@ -31,8 +30,8 @@ def test_sinks_keep_the_perplexity_that_a_window_loses(smollm: tuple[Any, Any], 
     with apply(model, "streaming", sink=0, window=255):
         window = perplexity_of_the_last_quarter(model, texts)
     print(f"last quarter of 512 tokens: dense {dense:.2f}, 4 sinks + 252 {streaming:.2f}, window of 256 {window:.2f}")
-    assert streaming <= 1.01 * dense
-    assert window > 2 * dense
+    assert streaming <= 1.08 * dense
+    assert window > 1.6 * dense
 
 
 @torch.no_grad()
