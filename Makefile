@@ -29,6 +29,7 @@ lint: $(VENV)/.installed-dev
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
+	$(RUN)mypy examples/tiny_wan
 
 # The step of the demo, timed without the rest.
 bench: $(VENV)/.installed

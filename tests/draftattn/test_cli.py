@@ -294,7 +294,7 @@ STUDY = ["--model", TINY_WAN, "--prompt", "a dog"]
         (["--sparsity", "half"], ["sparsity is 'half'"]),
         (["--sparsity", ","], ["sparsity is ','", "at least one"]),
         (["--selection", "row,column"], ["selection is 'column'", "row, head"]),
-        (["--tile", "rule,8x16"], ["tile is '8x16'", "1x8x16"]),
+        (["--tile", "auto,8x16"], ["tile is '8x16'", "1x8x16"]),
         (["--preset", "fast,faster"], ["preset is 'faster'"]),
         (["--max-prompts", "0"], ["max-prompts is 0"]),
         (["--height", "250"], ["height is 250", "multiples of 16"]),
@@ -416,7 +416,7 @@ def test_recall_prints_and_writes_every_call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "recall.json"
-    asked = [*STUDY, *GRID, "--sparsity", "0.5,0.75", "--layers", "0,-10", "--at-steps", "-1"]
+    asked = [*STUDY, *GRID, "--sparsity", "0.5,0.75", "--layers", "0,-8", "--at-steps", "-1"]
     assert run(monkeypatch, "recall", *asked, "--json", "--output", str(output)) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     content = json.loads(output.read_text())

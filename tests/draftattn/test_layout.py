@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from draftattn import BlockLayout, InputError, TokenGrid, block_layout
-from draftattn.layout import PUBLISHED_TILE, Tile, choose_tile, validate_tile
+from draftattn.layout import PUBLISHED_TILE, Tile, TileRule, choose_tile, validate_tile
 
 GRIDS = [
     TokenGrid(1, 1, 1),
@@ -22,11 +22,11 @@ GRIDS = [
     TokenGrid(1, 200, 1),
     TokenGrid(3, 48, 80),
 ]
-TILES = [None, (1, 8, 16), (1, 5, 3), (2, 4, 4), (3, 5, 7), (1, 128, 1)]
+TILES = ["frame", (1, 8, 16), (1, 5, 3), (2, 4, 4), (3, 5, 7), (1, 128, 1)]
 
 
-def name_of(sides: tuple[int, ...] | None) -> str:
-    return "chosen" if sides is None else "x".join(map(str, sides))
+def name_of(sides: tuple[int, ...] | str) -> str:
+    return sides if isinstance(sides, str) else "x".join(map(str, sides))
 
 
 def coordinates_of_blocks(layout: BlockLayout) -> list[torch.Tensor]:
@@ -42,7 +42,7 @@ def coordinates_of_blocks(layout: BlockLayout) -> list[torch.Tensor]:
 @pytest.mark.parametrize("tile", TILES, ids=name_of)
 class TestBlocks:
     def test_permutation_is_a_bijection_and_inverse_undoes_it(
-        self, grid: TokenGrid, tile: tuple[int, int, int] | None
+        self, grid: TokenGrid, tile: tuple[int, int, int] | TileRule
     ) -> None:
         layout = block_layout(grid, tile)
         everything = torch.arange(grid.num_tokens)
@@ -51,7 +51,7 @@ class TestBlocks:
         assert torch.equal(layout.inverse[layout.permutation], everything)
 
     def test_offsets_cover_the_video_in_blocks_of_one_to_block_size_tokens(
-        self, grid: TokenGrid, tile: tuple[int, int, int] | None
+        self, grid: TokenGrid, tile: tuple[int, int, int] | TileRule
     ) -> None:
         layout = block_layout(grid, tile)
         lengths = layout.offsets.diff()
@@ -63,7 +63,7 @@ class TestBlocks:
         assert lengths.max() <= layout.tile.num_tokens <= layout.block_size
 
     def test_every_block_is_one_full_box_no_larger_than_the_tile_in_token_order(
-        self, grid: TokenGrid, tile: tuple[int, int, int] | None
+        self, grid: TokenGrid, tile: tuple[int, int, int] | TileRule
     ) -> None:
         layout = block_layout(grid, tile)
         for box, tokens in zip(
@@ -75,7 +75,7 @@ class TestBlocks:
             assert (tokens.diff() > 0).all()
 
     def test_sides_are_cut_into_the_fewest_nearly_equal_pieces(
-        self, grid: TokenGrid, tile: tuple[int, int, int] | None
+        self, grid: TokenGrid, tile: tuple[int, int, int] | TileRule
     ) -> None:
         layout = block_layout(grid, tile)
         boxes = coordinates_of_blocks(layout)
@@ -88,8 +88,8 @@ class TestBlocks:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=name_of)
-@pytest.mark.parametrize("tile", [None, (1, 8, 16), (1, 5, 3)], ids=name_of)
-def test_tiles_of_one_frame_keep_the_frame_order(grid: TokenGrid, tile: tuple[int, int, int] | None) -> None:
+@pytest.mark.parametrize("tile", ["frame", (1, 8, 16), (1, 5, 3)], ids=name_of)
+def test_tiles_of_one_frame_keep_the_frame_order(grid: TokenGrid, tile: tuple[int, int, int] | TileRule) -> None:
     frame_of_place = block_layout(grid, tile).permutation // (grid.height * grid.width)
     assert torch.equal(frame_of_place, torch.arange(grid.frames).repeat_interleave(grid.height * grid.width))
 

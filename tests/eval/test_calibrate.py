@@ -21,7 +21,7 @@ from draftattn.inputs import AttentionInputs
 from draftattn.policies import make_policy
 from draftattn.policy import CallContext
 
-CONFIG = DraftConfig(warmup=1, block_size=16)
+CONFIG = DraftConfig(tile="frame", warmup=1, block_size=16)
 LEVELS = (0.5, 0.9)
 
 

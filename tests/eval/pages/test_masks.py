@@ -212,16 +212,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    chosen = ["--layers", "0,11", "--heads", "1", "--at-steps", "4"]
+    chosen = ["--layers", "0,9", "--heads", "1", "--at-steps", "4"]
     assert run(monkeypatch, *SMALL, *chosen, "--warmup", "1", "--output", str(tmp_path)) == 0
-    pictures = {f"{kind}-layer{layer}-head01-step04.png" for kind in ("draft", "mask") for layer in ("00", "11")}
+    pictures = {f"{kind}-layer{layer}-head01-step04.png" for kind in ("draft", "mask") for layer in ("00", "09")}
     assert {path.name for path in tmp_path.iterdir()} == {"masks.html", "masks.gif", *pictures}
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--layers", "12"], ["layers is 12", "0 to 11"]),
+        (["--layers", "12"], ["layers is 12", "0 to 9"]),
         (["--layers", "3", "--dense-layers", "3"], ["layers is 3", "one of them"]),
         (["--heads", "99"], ["heads is 99", "0 to"]),
         (["--heads", "x"], ["heads is 'x'", "0,1,5"]),
