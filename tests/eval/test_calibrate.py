@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -144,7 +145,7 @@ def test_a_psnr_is_reached_by_the_schedule_found(pipe: Any) -> None:
     assert found.schedule.num_layers == len(pipe.transformer.blocks)
     made = [
         calibration._generate(pipe, config, run_arguments(), 4)
-        for config in (None, DraftConfig(warmup=1, block_size=16, schedule=found.schedule))
+        for config in (None, replace(CONFIG, schedule=found.schedule))
     ]
     again = calibration.psnr(*(calibration.to_bytes(generation.video) for generation in made))
     assert float(again.mean()) == pytest.approx(found.chosen.psnr, abs=0.01)
