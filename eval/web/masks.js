@@ -186,12 +186,19 @@ function draftColors() {
   };
 }
 
+/** The frames a tile covers, in words. */
+function framesOf(block) {
+  const [first, end] = boxes[block];
+  return end - first > 1 ? `frames ${first + 1}–${end}` : `frame ${first + 1}`;
+}
+
 function read() {
   const count = shown.chosen.filter(Boolean).length;
-  const frames = new Set(boxes.flatMap((box, i) => (shown.chosen[i] ? [box[0]] : []))).size;
-  const [first, , top, bottom, left, right] = boxes[state.query];
+  const frames = new Set(boxes.flatMap(([from, to], i) =>
+    shown.chosen[i] ? Array.from({ length: to - from }, (_, k) => from + k) : [])).size;
+  const [, , top, bottom, left, right] = boxes[state.query];
   const head = pageData.heads.indexOf(state.head);
-  const where = `The tile in rows ${top}–${bottom - 1}, columns ${left}–${right - 1} of frame ${first + 1}`;
+  const where = `The tile in rows ${top}–${bottom - 1}, columns ${left}–${right - 1} of ${framesOf(state.query)}`;
   const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
   byId("reading").replaceChildren(...(state.incoming
     ? [`${where} is looked at by `, make("b", {}, `${count} of ${numBlocks}`), ` tiles, from ${frames} of ${numFrames} frames.`]
@@ -231,7 +238,7 @@ for (const id of ["draft-map", "block-mask"]) {
   });
   canvas.addEventListener("pointermove", (event) => {
     const [row, column] = at(event);
-    showTip(`tile ${row + 1} (frame ${frameOf(row) + 1}) → tile ${column + 1} (frame ${frameOf(column) + 1}): ` +
+    showTip(`tile ${row + 1} (${framesOf(row)}) → tile ${column + 1} (${framesOf(column)}): ` +
       `${(100 * shareOf(shown.levels[row * numBlocks + column])).toPrecision(2)} %`, event.clientX, event.clientY);
   });
   canvas.addEventListener("pointerleave", () => showTip(""));

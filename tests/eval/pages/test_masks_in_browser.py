@@ -10,7 +10,7 @@ import torch
 
 from draftattn.eval.mask_page import write_masks
 from draftattn.eval.masks import MaskRecord, block_boxes
-from draftattn.layout import TokenGrid, block_layout
+from draftattn.layout import BlockLayout, TokenGrid, block_layout
 
 GRID = TokenGrid(3, 4, 8)
 LAYOUT = block_layout(GRID, (1, 2, 4))  # 2 × 2 tiles a frame
@@ -18,15 +18,16 @@ LAYERS, STEPS, HEADS = (2, 5), (1, 3), (0, 4)
 BLOCKS = LAYOUT.num_video_blocks
 
 
-def records() -> list[MaskRecord]:
+def records(layout: BlockLayout = LAYOUT) -> list[MaskRecord]:
     """Random maps for every layer and step."""
+    blocks = layout.num_video_blocks
     generator = torch.Generator().manual_seed(0)
     found = []
     for layer in LAYERS:
         for step in STEPS:
-            draft = torch.softmax(2 * torch.randn(len(HEADS), BLOCKS, BLOCKS, generator=generator), -1)
+            draft = torch.softmax(2 * torch.randn(len(HEADS), blocks, blocks, generator=generator), -1)
             chosen = torch.rand(draft.shape, generator=generator) < 0.4
-            found.append(MaskRecord(layer, step, HEADS, draft, chosen, LAYOUT))
+            found.append(MaskRecord(layer, step, HEADS, draft, chosen, layout))
     return found
 
 
@@ -94,6 +95,16 @@ def test_shows_what_was_recorded(page: Any) -> None:
                 assert page.run("document.querySelector('#reading b').textContent") == f"{count} of {BLOCKS}"
                 kept = 100 * float(expected.kept[k, query])
                 assert f"hold {kept:.{1 if kept < 10 else 0}f} %" in page.run("byId('reading').textContent")
+
+
+def test_tiles_of_several_frames_are_counted_in_all_of_them(chromium: Any, tmp_path: Path) -> None:
+    layout = block_layout(GRID, (3, 2, 4))
+    video = torch.full((9, 3, 64, 128), 0.5)
+    chromium.open(write_masks(tmp_path, records(layout), video, {"Model": "tiny"}, "a dog").page)
+    chromium.wait("byId('reading').textContent")
+    reading = chromium.run("byId('reading').textContent")
+    assert "of frames 1–3 is compared with" in reading
+    assert "in 3 of 3 frames" in reading
 
 
 def test_tiles_are_picked_by_clicks(page: Any) -> None:
