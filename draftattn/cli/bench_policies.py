@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from draftattn.cli import grid, options, tables
+from draftattn.cli import grid, options, run_options, tables
 from draftattn.errors import InputError
 from draftattn.files import check_writable
 
@@ -27,14 +27,12 @@ POLICIES_EXAMPLE = (
 
 @options.interruptible
 def policies(
-    model: Annotated[str, typer.Option(help="Folder in diffusers' layout, or Hugging Face repository id.")],
+    model: run_options.Model,
     prompt: grid.Prompt = None,
     prompt_file: grid.PromptFile = None,
     vbench: grid.VBench = None,
     max_prompts: grid.MaxPrompts = None,
-    seeds: Annotated[
-        str, typer.Option(help="Seeds of the noise, such as 0,1.", rich_help_panel=grid.PROMPT_PANEL)
-    ] = "0",
+    seeds: run_options.Seeds = "0",
     policies: Annotated[
         str | None,
         typer.Option(
@@ -64,11 +62,11 @@ def policies(
     recall_prompts: Annotated[
         int, typer.Option(help="Prompts to measure recall and error on.", rich_help_panel=CONTEST_PANEL)
     ] = 2,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames. Default: the pipeline's.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    height: run_options.Height = None,
+    width: run_options.Width = None,
+    frames: run_options.Frames = None,
+    steps: run_options.Steps = 20,
+    guidance: run_options.Guidance = None,
     time_size: Annotated[
         str | None,
         typer.Option(
@@ -84,9 +82,7 @@ def policies(
         Path | None, typer.Option(help="Also draw quality against time (.svg, .png, .pdf; needs matplotlib).")
     ] = None,
     keep_videos: Annotated[bool, typer.Option("--keep-videos", help="Also keep every video.")] = False,
-    dtype: Annotated[options.Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = (
-        options.Dtype.auto
-    ),
+    dtype: run_options.DtypeOption = options.Dtype.auto,
     tile: options.TileOption = None,
     backend: options.Backend = None,
     markdown: tables.Markdown = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from draftattn.cli import grid, options, tables
+from draftattn.cli import grid, options, run_options, tables
 from draftattn.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ CALIBRATE_EXAMPLE = (
 
 @options.interruptible
 def calibrate(
-    model: Annotated[str, typer.Option(help="Folder in diffusers' layout, or Hugging Face repository id.")],
+    model: run_options.Model,
     target: Annotated[
         str, typer.Option(help="What to reach: 'speed 2x' (denoising), 'psnr 30' (dB against dense), 'sparsity 0.8'.")
     ],
@@ -33,20 +33,16 @@ def calibrate(
     vbench: grid.VBench = None,
     max_prompts: grid.MaxPrompts = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.", rich_help_panel=grid.PROMPT_PANEL)] = 0,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the videos should not show.")] = None,
-    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video models.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames. Default: the pipeline's.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    negative_prompt: run_options.NegativePrompt = None,
+    image: run_options.Image = None,
+    height: run_options.Height = None,
+    width: run_options.Width = None,
+    frames: run_options.Frames = None,
+    steps: run_options.Steps = 50,
+    guidance: run_options.Guidance = None,
     ranges: Annotated[int, typer.Option(help="Ranges of steps with a sparsity of their own.")] = 3,
-    dtype: Annotated[options.Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = (
-        options.Dtype.auto
-    ),
-    offload: Annotated[
-        options.Offload, typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower).")
-    ] = options.Offload.none,
+    dtype: run_options.DtypeOption = options.Dtype.auto,
+    offload: run_options.OffloadOption = options.Offload.none,
     markdown: tables.Markdown = False,
     preset: options.Preset = None,
     warmup: options.Warmup = None,

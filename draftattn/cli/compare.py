@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from draftattn.cli import grid, options, tables
+from draftattn.cli import grid, options, run_options, tables
 from draftattn.cli.processes import join_processes
 from draftattn.files import check_writable
 
@@ -24,32 +24,26 @@ if TYPE_CHECKING:
 
 
 def compare(
-    model: Annotated[str, typer.Option(help="Folder in diffusers' layout, or Hugging Face repository id.")],
+    model: run_options.Model,
     prompt: grid.Prompt = None,
     prompt_file: grid.PromptFile = None,
     vbench: grid.VBench = None,
     max_prompts: grid.MaxPrompts = None,
-    seeds: Annotated[
-        str, typer.Option(help="Seeds of the noise, such as 0,1.", rich_help_panel=grid.PROMPT_PANEL)
-    ] = "0",
-    negative_prompt: Annotated[str | None, typer.Option(help="What the videos should not show.")] = None,
-    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video models.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames. Default: the pipeline's.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
-    fps: Annotated[int, typer.Option(help="Frames per second of the files.")] = 16,
+    seeds: run_options.Seeds = "0",
+    negative_prompt: run_options.NegativePrompt = None,
+    image: run_options.Image = None,
+    height: run_options.Height = None,
+    width: run_options.Width = None,
+    frames: run_options.Frames = None,
+    steps: run_options.Steps = 50,
+    guidance: run_options.Guidance = None,
+    fps: run_options.Fps = 16,
     output: Annotated[Path, typer.Option(help="Folder of the study; the same command continues it.")] = Path(
         "out/study"
     ),
-    dtype: Annotated[options.Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = (
-        options.Dtype.auto
-    ),
-    offload: Annotated[
-        options.Offload, typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower).")
-    ] = options.Offload.none,
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles, for less memory.")] = False,
+    dtype: run_options.DtypeOption = options.Dtype.auto,
+    offload: run_options.OffloadOption = options.Offload.none,
+    vae_tiling: run_options.VaeTiling = False,
     json: tables.Json = False,
     markdown: tables.Markdown = False,
     preset: grid.Presets = None,

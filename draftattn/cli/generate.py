@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from draftattn.cli import options
+from draftattn.cli import options, run_options
 from draftattn.cli.processes import join_processes
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
@@ -24,20 +24,20 @@ console = Console()
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Folder in diffusers' layout, or Hugging Face repository id.")],
+    model: run_options.Model,
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="Text file with one prompt a line; makes one video for each.")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
-    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video models.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames. Default: the pipeline's.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    fps: Annotated[int, typer.Option(help="Frames per second of the file.")] = 16,
+    negative_prompt: run_options.NegativePrompt = None,
+    image: run_options.Image = None,
+    height: run_options.Height = None,
+    width: run_options.Width = None,
+    frames: run_options.Frames = None,
+    steps: run_options.Steps = 50,
+    guidance: run_options.Guidance = None,
+    seed: run_options.Seed = 0,
+    fps: run_options.Fps = 16,
     output: Annotated[Path, typer.Option(help="The video; with several prompts a number is added to the name.")] = Path(
         "out/draft.mp4"
     ),
@@ -49,14 +49,9 @@ def generate(
             "PSNR, SSIM, LPIPS and flicker.",
         ),
     ] = False,
-    dtype: Annotated[options.Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = (
-        options.Dtype.auto
-    ),
-    offload: Annotated[
-        options.Offload,
-        typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower, least memory)."),
-    ] = options.Offload.none,
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles, for less memory.")] = False,
+    dtype: run_options.DtypeOption = options.Dtype.auto,
+    offload: run_options.OffloadOption = options.Offload.none,
+    vae_tiling: run_options.VaeTiling = False,
     context_parallel: options.ContextParallelOption = options.ContextParallel.none,
     preset: options.Preset = None,
     sparsity: options.Sparsity = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from draftattn.cli import options
+from draftattn.cli import options, run_options
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
 from draftattn.files import check_writable
@@ -18,7 +18,7 @@ MASK_PANEL = "What to draw"
 
 
 def masks(
-    model: Annotated[str, typer.Option(help="Folder in diffusers' layout, or Hugging Face repository id.")],
+    model: run_options.Model,
     prompt: Annotated[str, typer.Option(help="What the video shows.")],
     layers: Annotated[
         str | None,
@@ -36,21 +36,17 @@ def masks(
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the page, the GIF and the pictures.")] = Path("out/masks"),
-    negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
-    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video models.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames. Default: the pipeline's.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    dtype: Annotated[options.Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = (
-        options.Dtype.auto
-    ),
-    offload: Annotated[
-        options.Offload, typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower).")
-    ] = options.Offload.none,
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles, for less memory.")] = False,
+    negative_prompt: run_options.NegativePrompt = None,
+    image: run_options.Image = None,
+    height: run_options.Height = None,
+    width: run_options.Width = None,
+    frames: run_options.Frames = None,
+    steps: run_options.Steps = 50,
+    guidance: run_options.Guidance = None,
+    seed: run_options.Seed = 0,
+    dtype: run_options.DtypeOption = options.Dtype.auto,
+    offload: run_options.OffloadOption = options.Offload.none,
+    vae_tiling: run_options.VaeTiling = False,
     preset: options.Preset = None,
     sparsity: options.Sparsity = None,
     warmup: options.Warmup = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from draftattn.cli import grid, options, tables
+from draftattn.cli import grid, options, run_options, tables
 from draftattn.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,32 +19,26 @@ _ERRORS = ("error", "error_residual", "error_best", "error_residual_best", "erro
 
 
 def recall(
-    model: Annotated[str, typer.Option(help="Folder in diffusers' layout, or Hugging Face repository id.")],
+    model: run_options.Model,
     prompt: grid.Prompt = None,
     prompt_file: grid.PromptFile = None,
     vbench: grid.VBench = None,
     max_prompts: grid.MaxPrompts = None,
-    seeds: Annotated[
-        str, typer.Option(help="Seeds of the noise, such as 0,1.", rich_help_panel=grid.PROMPT_PANEL)
-    ] = "0",
-    negative_prompt: Annotated[str | None, typer.Option(help="What the videos should not show.")] = None,
-    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video models.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: the pipeline's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames. Default: the pipeline's.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    seeds: run_options.Seeds = "0",
+    negative_prompt: run_options.NegativePrompt = None,
+    image: run_options.Image = None,
+    height: run_options.Height = None,
+    width: run_options.Width = None,
+    frames: run_options.Frames = None,
+    steps: run_options.Steps = 50,
+    guidance: run_options.Guidance = None,
     layers: Annotated[str | None, typer.Option(help="Layers to look at, such as 0,5,-1. Default: all.")] = None,
     at_steps: Annotated[
         str | None, typer.Option(help="Steps to look at, such as 0,10,-1. Default: at 1/4, 1/2 and 3/4 of the run.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write all figures to this JSON file.")] = None,
-    dtype: Annotated[options.Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = (
-        options.Dtype.auto
-    ),
-    offload: Annotated[
-        options.Offload, typer.Option(help="Keep weights on the CPU: by whole models, or by layers (slower).")
-    ] = options.Offload.none,
+    dtype: run_options.DtypeOption = options.Dtype.auto,
+    offload: run_options.OffloadOption = options.Offload.none,
     json: tables.Json = False,
     markdown: tables.Markdown = False,
     preset: grid.Presets = None,

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """The random video models of the pipeline tests."""
-    path = Path(__file__).parents[1] / "pipelines" / "video" / "tiny_models.py"
-    spec = importlib.util.spec_from_file_location("draftattn_tiny_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="package", autouse=True)
