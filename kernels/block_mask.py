@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from draftattn.kernels.selection import count_keys, list_blocks
+from draftattn.kernels.selection import density_of_lists, list_blocks
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -168,15 +168,11 @@ class BlockMask:
 
     @property
     def density(self) -> Tensor:
-        """Share of all query-key scores in chosen blocks, a float32 scalar on the mask's device (no host sync).
+        """Share of all query-key scores in chosen blocks, a float64 scalar on the mask's device (no host sync).
 
         What ``causal`` and a window hide inside chosen blocks counts as computed.
         """
-        keys = count_keys(self.kv_num_blocks, self.kv_indices, self.key_offsets)
-        computed = (keys * self.query_offsets.diff()).sum(-1)
-        num_queries = (self.query_offsets[-1] - self.query_offsets[0]).long()
-        num_keys = self.key_offsets[..., -1:] - self.key_offsets[..., :1]
-        return (computed / (num_queries * num_keys)).float().mean()
+        return density_of_lists(self.kv_num_blocks, self.kv_indices, self.query_offsets, self.key_offsets)
 
     @classmethod
     def from_block_map(

@@ -129,28 +129,31 @@ def list_blocks(block_map: Tensor, capacity: int | None = None) -> tuple[Tensor,
     return triton_selection.list_blocks(block_map, capacity)
 
 
-def count_keys(kv_num_blocks: Tensor, kv_indices: Tensor, key_offsets: Tensor) -> Tensor:
-    """Keys in the listed blocks of every row.
+def density_of_lists(
+    kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor
+) -> Tensor:
+    """Share of all query-key pairs that lie in listed blocks, over all batch items and heads.
 
     Args:
         kv_num_blocks: int32 ``[B | 1, H, Q]``.
         kv_indices: int32 ``[B | 1, H, Q, C]``.
+        query_offsets: int32 ``[Q + 1]``.
         key_offsets: int32 ``[K + 1]`` or ``[B, K + 1]``.
 
     Returns:
-        int32 ``[B | 1, H, Q]``; the batch is 1 where both are shared by all items.
+        A float64 scalar.
 
     >>> ids, offsets = torch.tensor([[[[0, 2], [1, 0]]]]), torch.tensor([0, 4, 9, 10], dtype=torch.int32)
-    >>> count_keys(torch.tensor([[[2, 1]]]), ids, offsets).tolist()
-    [[[5, 5]]]
+    >>> density_of_lists(torch.tensor([[[2, 1]]]), ids, torch.tensor([0, 2, 4]), offsets).item()
+    0.5
     """
     if not triton_serves(kv_indices):
-        return count_keys_reference(kv_num_blocks, kv_indices, key_offsets)
+        return density_of_lists_reference(kv_num_blocks, kv_indices, query_offsets, key_offsets)
     if torch.compiler.is_compiling():
-        return _count_keys_op(kv_num_blocks, kv_indices, key_offsets)
+        return _density_of_lists_op(kv_num_blocks, kv_indices, query_offsets, key_offsets)
     from draftattn.kernels import triton_selection
 
-    return triton_selection.count_keys(kv_num_blocks, kv_indices, key_offsets)
+    return triton_selection.density_of_lists(kv_num_blocks, kv_indices, query_offsets, key_offsets)
 
 
 def select_largest_reference(
@@ -189,14 +192,20 @@ def list_blocks_reference(block_map: Tensor, capacity: int) -> tuple[Tensor, Ten
     return block_map.sum(-1, dtype=torch.int32).clamp(max=capacity), kv_indices[..., :-1].contiguous()
 
 
-def count_keys_reference(kv_num_blocks: Tensor, kv_indices: Tensor, key_offsets: Tensor) -> Tensor:
-    """``count_keys`` in plain torch."""
+def density_of_lists_reference(
+    kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor
+) -> Tensor:
+    """``density_of_lists`` in plain torch."""
     lengths = torch.atleast_2d(key_offsets).diff(dim=-1)
     used = torch.arange(kv_indices.shape[-1], device=kv_indices.device) < kv_num_blocks[..., None]
     batch = max(len(kv_indices), len(lengths))
     ids = kv_indices.long().expand(batch, -1, -1, -1)
     listed = lengths.expand(batch, -1).gather(1, ids.flatten(1)).view(ids.shape)
-    return torch.where(used, listed, 0).sum(-1, dtype=torch.int32)
+    # a video has more pairs than an int32 counts
+    keys = torch.where(used, listed, 0).sum(-1, dtype=torch.float64)
+    pairs = (keys * query_offsets.diff()).sum(-1)
+    num_queries, num_keys = query_offsets.diff().sum(), lengths.sum(-1, keepdim=True)
+    return (pairs / (num_queries.double() * num_keys)).mean()
 
 
 def _check_scores(scores: Tensor, dense_tail: int) -> int:
@@ -293,19 +302,16 @@ def _(block_map: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return block_map.new_empty(rows, dtype=torch.int32), block_map.new_empty(*rows, capacity, dtype=torch.int32)
 
 
-@torch.library.custom_op(
-    "draftattn::count_keys",
-    mutates_args=(),
-    schema="(Tensor kv_num_blocks, Tensor kv_indices, Tensor key_offsets) -> Tensor",
-)
-def _count_keys_op(kv_num_blocks: Tensor, kv_indices: Tensor, key_offsets: Tensor) -> Tensor:
+@torch.library.custom_op("draftattn::density_of_lists", mutates_args=())
+def _density_of_lists_op(
+    kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor
+) -> Tensor:
     from draftattn.kernels import triton_selection
 
-    return triton_selection.count_keys(kv_num_blocks, kv_indices, key_offsets)
+    return triton_selection.density_of_lists(kv_num_blocks, kv_indices, query_offsets, key_offsets)
 
 
-@_count_keys_op.register_fake
-def _(kv_num_blocks: Tensor, kv_indices: Tensor, key_offsets: Tensor) -> Tensor:
-    batch, heads, rows, _ = kv_indices.shape
-    items = key_offsets.shape[0] if key_offsets.ndim == 2 else 1
-    return kv_num_blocks.new_empty(max(batch, items), heads, rows)
+@_density_of_lists_op.register_fake
+def _(kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor) -> Tensor:
+    del kv_indices, query_offsets, key_offsets
+    return kv_num_blocks.new_empty((), dtype=torch.float64)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _DIGIT_BITS = 8
 _PASSES = 32 // _DIGIT_BITS
+_DENSITY_ROWS = 16  # whose pairs a program adds up
 _CHUNK = 8192  # scores that a program sorts into digits
 _OWN = tl.constexpr(0xFFFFFFFF)  # the key of a row's own block, above that of any number
 
@@ -162,24 +163,33 @@ def list_blocks_kernel(p_map, p_counts, p_ids, num_columns, capacity, BLOCK_K: t
 
 
 @triton.jit
-def count_keys_kernel(
-    p_counts, p_ids, p_key_offsets, p_keys, rows_per_item, capacity, stride_mask_b, stride_key_offsets_b,
-    BLOCK_C: tl.constexpr,
+def density_kernel(
+    p_counts, p_ids, p_query_offsets, p_key_offsets, p_shares,
+    heads, num_rows, num_columns, capacity, stride_mask_b, stride_key_offsets_b,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums the lengths of the listed key blocks, a row per program."""
-    i_r = tl.program_id(0).to(tl.int64)
-    i_b = tl.program_id(1).to(tl.int64)
-    i_row = i_b * stride_mask_b + i_r
+    """The share of all pairs that lie in the listed blocks of a few rows."""
+    i_r, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_key_offsets += i_b * stride_key_offsets_b
-    count = tl.load(p_counts + i_row)
-    b_keys = tl.zeros((BLOCK_C,), dtype=tl.int32)
-    for o_start in range(0, count, BLOCK_C):
-        o_c = o_start + tl.arange(0, BLOCK_C)
-        m_c = o_c < count
-        b_id = tl.load(p_ids + i_row * capacity + o_c, mask=m_c, other=0)
+    o_r = i_r * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < num_rows
+    o_row = i_b * stride_mask_b + i_h.to(tl.int64) * num_rows + o_r
+    b_count = tl.load(p_counts + o_row, mask=m_r, other=0)
+    b_queries = tl.load(p_query_offsets + o_r + 1, mask=m_r, other=0) - tl.load(p_query_offsets + o_r, mask=m_r, other=0)
+    # [ROWS, BLOCK_C] lengths of listed blocks
+    b_keys = tl.zeros((ROWS, BLOCK_C), dtype=tl.int32)
+    for o_start in range(0, tl.max(b_count, 0), BLOCK_C):
+        o_c = o_start + tl.arange(0, BLOCK_C)[None, :]
+        m_c = o_c < b_count[:, None]
+        b_id = tl.load(p_ids + o_row[:, None] * capacity + o_c, mask=m_c, other=0)
         b_end = tl.load(p_key_offsets + b_id + 1, mask=m_c, other=0)
         b_keys += b_end - tl.load(p_key_offsets + b_id, mask=m_c, other=0)
-    tl.store(p_keys + i_b * rows_per_item + i_r, tl.sum(b_keys, 0))
+    pairs = tl.sum(tl.sum(b_keys, 1).to(tl.int64) * b_queries, 0).to(tl.float64)
+    queries = (tl.load(p_query_offsets + num_rows) - tl.load(p_query_offsets)).to(tl.float64)
+    keys = (tl.load(p_key_offsets + num_columns) - tl.load(p_key_offsets)).to(tl.float64)
+    items = (tl.num_programs(2) * heads).to(tl.float64)
+    i_program = (i_b * heads + i_h) * tl.num_programs(0) + i_r
+    tl.store(p_shares + i_program, pairs / (queries * keys * items))
 
 
 def select_largest(
@@ -238,20 +248,23 @@ def list_blocks(block_map: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return counts, ids
 
 
-def count_keys(kv_num_blocks: Tensor, kv_indices: Tensor, key_offsets: Tensor) -> Tensor:
-    """``draftattn.kernels.selection.count_keys``."""
+def density_of_lists(
+    kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor
+) -> Tensor:
+    """``draftattn.kernels.selection.density_of_lists``."""
     batch, heads, rows, capacity = kv_indices.shape
     batch_out = max(batch, key_offsets.shape[0] if key_offsets.ndim == 2 else 1)
-    keys = torch.empty(batch_out, heads, rows, dtype=torch.int32, device=kv_indices.device)
-    if keys.numel():
-        with torch.cuda.device_of(keys):
-            count_keys_kernel[(heads * rows, batch_out)](
-                kv_num_blocks.contiguous(), kv_indices.contiguous(), key_offsets.contiguous(), keys,
-                heads * rows, capacity,
+    grid = (triton.cdiv(rows, _DENSITY_ROWS), heads, batch_out)
+    shares = torch.empty(grid, dtype=torch.float64, device=kv_indices.device)
+    if shares.numel():
+        with torch.cuda.device_of(shares):
+            density_kernel[grid](
+                kv_num_blocks.contiguous(), kv_indices.contiguous(), query_offsets, key_offsets.contiguous(), shares,
+                heads, rows, key_offsets.shape[-1] - 1, capacity,
                 heads * rows if batch > 1 else 0, key_offsets.shape[-1] if key_offsets.ndim == 2 else 0,
-                BLOCK_C=128, num_warps=1,
+                ROWS=_DENSITY_ROWS, BLOCK_C=128, num_warps=4,
             )  # fmt: skip
-    return keys
+    return shares.sum()
 
 
 def _empty_outputs(scores: Tensor, dense_tail: int, capacity: int) -> tuple[tuple[Tensor, Tensor, Tensor], int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from draftattn.kernels import selection
-from draftattn.kernels.selection import BlockSelection, count_keys, list_blocks, select_from_rank, select_largest
+from draftattn.kernels.selection import BlockSelection, density_of_lists, list_blocks, select_from_rank, select_largest
 
 INF, NAN = torch.inf, torch.nan
 
@@ -25,17 +25,19 @@ def functions(request: pytest.FixtureRequest) -> SimpleNamespace:
             ),
             select_from_rank=lambda scores, rank, tail=0: select_from_rank(scores, rank, dense_tail=tail),
             list_blocks=list_blocks,
-            count_keys=count_keys,
+            density_of_lists=density_of_lists,
         )
     if request.param == "plain":
         largest, from_rank = selection.select_largest_reference, selection.select_from_rank_reference
-        rest = dict(list_blocks=selection.list_blocks_reference, count_keys=selection.count_keys_reference)
+        reference = selection.density_of_lists_reference
+        rest = dict(list_blocks=selection.list_blocks_reference, density_of_lists=reference)
     else:
         pytest.importorskip("triton")
         from draftattn.kernels import triton_selection
 
         largest, from_rank = triton_selection.select_largest, triton_selection.select_from_rank
-        rest = dict(list_blocks=triton_selection.list_blocks, count_keys=triton_selection.count_keys)
+        density = triton_selection.density_of_lists
+        rest = dict(list_blocks=triton_selection.list_blocks, density_of_lists=density)
     return SimpleNamespace(
         select_largest=lambda scores, kept, bias=None, diagonal=False, tail=0: BlockSelection(
             *largest(scores, kept, bias, diagonal, tail)
@@ -209,19 +211,29 @@ class TestLists:
 
     @pytest.mark.parametrize("batch", [1, 3])
     @pytest.mark.parametrize("per_item", [False, True])
-    def test_keys_of_the_listed_blocks(
-        self, functions: SimpleNamespace, batch: int, per_item: bool, device: str
-    ) -> None:
-        lengths = torch.randint(0, 129, (3 if per_item else 1, 300), generator=torch.Generator().manual_seed(0))
+    def test_density(self, functions: SimpleNamespace, batch: int, per_item: bool, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(0, 129, (3 if per_item else 1, 300), generator=generator)
+        queries = torch.randint(0, 129, (20,), generator=generator)
         offsets = torch.nn.functional.pad(lengths.cumsum(-1), (1, 0)).int()
-        block_map = random_scores(batch, 2, 4, 300) > 0
+        block_map = random_scores(batch, 2, 20, 300) > 0
         block_map[:, :, 2] = False
         counts, ids = list_blocks_of(block_map.to(device))
         ids[ids == 0] = 7  # what stands after the list is not looked at
         ids[..., 0] = torch.where(block_map[..., 0], 0, ids[..., 0].cpu()).to(device)
-        keys = functions.count_keys(counts, ids, (offsets if per_item else offsets[0]).to(device))
-        assert keys.dtype == torch.int32
-        assert torch.equal(keys.cpu(), (block_map * lengths[:, None, None, :]).sum(-1).int())
+        query_offsets = torch.nn.functional.pad(queries.cumsum(0), (1, 0)).int().to(device)
+        density = functions.density_of_lists(
+            counts, ids, query_offsets, (offsets if per_item else offsets[0]).to(device)
+        )
+        shares = (block_map * lengths[:, None, None, :]).sum(-1).double() / lengths.sum(-1)[:, None, None]
+        assert density.dtype == torch.float64
+        assert density.item() == pytest.approx(((shares * queries).sum(-1) / queries.sum()).mean().item(), rel=1e-12)
+
+    def test_density_of_more_pairs_than_an_int32_counts(self, functions: SimpleNamespace, device: str) -> None:
+        offsets = torch.arange(0, 1001 * 128, 128, dtype=torch.int32, device=device)
+        ids = torch.arange(250, dtype=torch.int32, device=device).expand(1, 1, 1000, 250).contiguous()
+        counts = torch.full((1, 1, 1000), 250, dtype=torch.int32, device=device)
+        assert functions.density_of_lists(counts, ids, offsets, offsets).item() == pytest.approx(0.25)
 
 
 def list_blocks_of(block_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +245,10 @@ OPERATORS = {
     "select_largest-tail": lambda x: (x, 5, None, False, 2),
     "select_from_rank": lambda x: (x, 100, 2),
     "list_blocks": lambda x: (x > 0, 5),
-    "count_keys": lambda x: (*list_blocks_of(x > 0), torch.arange(15, dtype=torch.int32, device=x.device)),
+    "density_of_lists": lambda x: (
+        *list_blocks_of(x > 0),
+        *[torch.arange(15, dtype=torch.int32, device=x.device)] * 2,
+    ),
 }
 
 
@@ -256,7 +271,7 @@ def test_compiled_without_a_graph_break(monkeypatch: pytest.MonkeyPatch, kernels
         largest = select_largest(scores, 5, bias=scores[0, 0, 0], keep_diagonal=True, dense_tail=2)
         ranked = select_from_rank(scores, 100, dense_tail=2)
         listed = list_blocks(ranked.block_map, 7)
-        return *largest, *ranked, *listed, count_keys(*listed, offsets)
+        return *largest, *ranked, *listed, density_of_lists(*listed, offsets, offsets)
 
     scores = random_scores(2, 2, 14, 14).to(device)
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")(scores)
@@ -272,15 +287,15 @@ def test_never_waits_for_the_device() -> None:
     def everything() -> tuple[Tensor, Tensor]:
         select_largest(scores, 7, keep_diagonal=True)
         chosen = select_from_rank(scores, 99)
-        return chosen.kv_num_blocks, count_keys(*list_blocks(chosen.block_map), offsets)
+        return chosen.block_map, density_of_lists(*list_blocks(chosen.block_map), offsets, offsets)
 
     everything()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        counts, keys = everything()
+        block_map, density = everything()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(keys, counts)
+    assert density.item() == pytest.approx(block_map.double().mean().item())
 
 
 class TestRefusals:
