@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_lse import block_lse
-from draftattn.layout import BlockLayout
 
 
 def draft_scores(inputs: AttentionInputs, scale: float | None = None, weighted: bool = False) -> Tensor:
@@ -25,11 +23,12 @@ def draft_scores(inputs: AttentionInputs, scale: float | None = None, weighted: 
     video_blocks = inputs.layout.num_video_blocks
     mean_query = inputs.mean_query
     mean_key = inputs.weighted_means(scale).key.to(mean_query.dtype) if weighted else inputs.mean_key
-    query, key = mean_query[:, :video_blocks], mean_key[:, :video_blocks]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = rearrange(query * scale, "b q (h group) d -> b h group q d", h=key.shape[2])
-    scores = query @ rearrange(key, "b k h d -> b h 1 d k")
-    return rearrange(scores, "b h group q k -> b (h group) q k")
+    scale = mean_query.shape[-1] ** -0.5 if scale is None else scale
+    # queries become [B, H, V, D], keys [B, H_kv, D, V]
+    query = (mean_query[:, :video_blocks] * scale).transpose(1, 2)
+    key = mean_key[:, :video_blocks].permute(0, 2, 3, 1)
+    group = query.shape[1] // key.shape[1]
+    return query @ (key if group == 1 else key.repeat_interleave(group, 1))
 
 
 def draft_masses(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
@@ -52,11 +51,6 @@ def draft_masses(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
     return block_lse(inputs.mean_query[:, :video], inputs.key, layout.offsets[: video + 1], scale, layout.block_size)
 
 
-def log_block_sizes(layout: BlockLayout) -> Tensor:
-    """Log of the tokens of each video block, float32 ``[V]``: what a key block's score gains by its size."""
-    return layout.offsets[: layout.num_video_blocks + 1].diff().float().log()
-
-
 def draft_map(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
     r"""Softmax attention between the mean queries and mean keys of the video blocks.
 
@@ -72,4 +66,4 @@ def draft_map(inputs: AttentionInputs, scale: float | None = None) -> Tensor:
     Returns:
         float32 ``[B, H, V, V]`` with ``V`` the number of video blocks; rows sum to 1.
     """
-    return torch.softmax(draft_scores(inputs, scale) + log_block_sizes(inputs.layout), dim=-1)
+    return torch.softmax(draft_scores(inputs, scale) + inputs.layout.log_video_block_sizes, dim=-1)

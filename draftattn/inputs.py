@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from draftattn.kernels.api import BlockMeans
@@ -94,10 +93,12 @@ class AttentionInputs:
             layout, key_heads = self.layout, self.key.shape[2]
             group = self.query.shape[2] // key_heads
             factor = self.query.shape[-1] ** -0.5 if scale is None else scale
+            means = self._pooled["query"].mean[:, : layout.num_video_blocks]
             # the mean over tokens and a group's heads, times the scale
-            weights = layout.offsets[: layout.num_video_blocks + 1].diff() * (factor / (group * layout.grid.num_tokens))
-            means = self._pooled["query"].mean[:, : layout.num_video_blocks].unflatten(2, (key_heads, group))
-            direction = torch.einsum("bnhgd,n->bhd", means, weights.to(means.dtype))
+            weights = (layout.video_block_sizes * (factor / (group * layout.grid.num_tokens))).to(means.dtype)
+            # a product of [B, 1, V] and [B, V, H · D]
+            direction = weights.expand(len(means), 1, -1).bmm(means.flatten(2))
+            direction = direction.view(-1, key_heads, group, self.query.shape[-1]).sum(2)
             pooled = pool_weighted(self.key, self.value, direction, self.key_offsets, layout.block_size)
             self._weighted[scale] = BlockMeans(*pooled)
         return self._weighted[scale]

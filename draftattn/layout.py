@@ -170,6 +170,8 @@ class BlockLayout:
         inverse: int64 ``[grid.num_tokens]``: the place of each token in the blocked order.
         offsets: int32 ``[num_blocks + 1]``: block boundaries, text blocks included.
         num_video_blocks: blocks of video; the rest are text.
+        video_block_sizes: float32 ``[num_video_blocks]``: tokens of each video block.
+        log_video_block_sizes: their logarithms: what a key block's score gains by its size.
 
     Build it with `block_layout`, which caches.
     """
@@ -182,6 +184,8 @@ class BlockLayout:
     inverse: Tensor
     offsets: Tensor
     num_video_blocks: int
+    video_block_sizes: Tensor
+    log_video_block_sizes: Tensor
 
     @property
     def num_blocks(self) -> int:
@@ -273,6 +277,7 @@ def _build_layout(
     lengths += [piece.stop - piece.start for piece in _pieces(num_text_tokens, block_size)]
     permutation = torch.cat(order)
     offsets = torch.tensor([0, *lengths], device="cpu").cumsum(0)
+    sizes = torch.tensor(lengths[:num_video_blocks], device="cpu", dtype=torch.float32)
     return BlockLayout(
         grid=grid,
         tile=tile,
@@ -282,6 +287,8 @@ def _build_layout(
         inverse=permutation.argsort().to(device),
         offsets=offsets.to(device, torch.int32),
         num_video_blocks=num_video_blocks,
+        video_block_sizes=sizes.to(device),
+        log_video_block_sizes=sizes.log().to(device),
     )
 
 

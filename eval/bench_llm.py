@@ -91,10 +91,10 @@ def bench_attention(
     for length in lengths:
         call = random_call(shape, length, dtype, device)
         made = {spec.text: _system(spec) for spec in systems if spec.name != DENSE}
-        calls: dict[str, Callable[[], Any]] = {DENSE: lambda call=call: dense_yardstick(call)}  # type: ignore[misc]
+        calls: dict[str, Callable[[], Any]] = {DENSE: dense_yardstick(call)}
         for name, system in made.items():
             on_progress(f"checking {name}, {length} tokens")
-            verdict = check_system(system, small_call(call, GATE_TOKENS.get(device.type, FEWER_GATE_TOKENS)))
+            verdict = check_system(system, small_call(system, call, GATE_TOKENS.get(device.type, FEWER_GATE_TOKENS)))
             gates.append({"system": name, "length": length, **(verdict or {"green": None})})
             if verdict is None or verdict["green"]:
                 calls[name] = lambda system=system, call=call: system.attend(call)  # type: ignore[misc]
@@ -172,11 +172,12 @@ def bench_generation(
             on_progress(f"{spec.text}, {length} tokens")
             with applied(model, spec) as recorder:
                 prefills, decodes, density = [], [], 1.0
+                if recorder is not None:
+                    _generate(model, tokens, 0, device)
+                    density = recorder.density()
+                    recorder.enabled = False
                 for repeat in range(repeats + 1):
                     prefill, decode = _generate(model, tokens, new_tokens, device)
-                    if repeat == 0 and recorder is not None:
-                        density = recorder.density()
-                        recorder.enabled = False
                     if repeat:  # the first run compiles
                         prefills.append(prefill)
                         decodes.append(decode)
@@ -241,14 +242,29 @@ def random_call(shape: AttentionShape, length: int, dtype: torch.dtype, device: 
     return AttentionCall(query, key, value, shape.head_dim**-0.5, 0, nn.Identity())
 
 
-def dense_yardstick(call: AttentionCall) -> Tensor:
-    """Dense causal attention: cuDNN's on a CUDA GPU, torch's own elsewhere."""
+def dense_yardstick(call: AttentionCall) -> Callable[[], Tensor]:
+    """Dense causal attention, to be called: cuDNN's on a CUDA GPU, torch's own elsewhere."""
     query, key, value = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
     backends = [SDPBackend.CUDNN_ATTENTION] if call.query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(backends):
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=call.scale, enable_gqa=call.query.shape[2] != call.key.shape[2]
-        )
+    shared = query.shape[1] != key.shape[1]
+
+    def run() -> Tensor:
+        with sdpa_kernel(backends):
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=call.scale, enable_gqa=shared
+            )
+
+    if shared:
+        try:
+            run()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # one that knows no grouped heads gets copies, made outside the time
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+            shared = False
+    return run
 
 
 def _system(spec: SystemSpec) -> AttentionSystem:

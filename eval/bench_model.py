@@ -110,7 +110,8 @@ def bench_model(
         height: pixels.
         width: pixels.
         num_frames: frames.
-        config: settings of draft attention; the warm-up must be 0, and the sparsity is that of ``settings``.
+        config: settings of draft attention; the warm-up must be 0, and the sparsity is that of ``settings``. Where
+            ``dense_backend`` names a kernel, dense attention is timed on it in place of the fastest.
         settings: what to measure.
         dtype: precision.
         device: where to run.
@@ -155,10 +156,12 @@ def bench_model(
         text = arguments["encoder_hidden_states"].shape[1]
         dense_kernels["cross"] = measure_dense(shape._replace(keys=text), dtype, device, seconds=0.05)
     free(device)
-    fastest: DenseBackend = _agree(dense_kernels["self"]["fastest"]) if degree > 1 else dense_kernels["self"]["fastest"]
+    kernel: DenseBackend = config.dense_backend
+    if kernel == "auto":
+        kernel = _agree(dense_kernels["self"]["fastest"]) if degree > 1 else dense_kernels["self"]["fastest"]
 
     layers = tuple(range(len(adapter.attention_layers(transformer))))
-    dense_config = replace(config, dense_layers=layers, dense_backend=fastest)
+    dense_config = replace(config, dense_layers=layers, dense_backend=kernel)
     on_progress("checking that sparsity 0 and the best dense kernel equal stock attention")
     reference = stock_reference(transformer, arguments)
     if degree > 1:

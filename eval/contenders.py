@@ -17,6 +17,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "plain": {"residual": False},
     "frame": {"tile": "frame"},
     "space-time": {"tile": "space-time"},
+    "tokens": {"draft_keys": "tokens"},
 }
 
 
@@ -26,7 +27,7 @@ def read_contenders(text: str, base: DraftConfig) -> dict[str, DraftConfig]:
     ``published`` is draft attention as its paper has it, ``draft`` the default; all others are policies as
     `draftattn.policies.read_policy` reads them, as published: without the residual, in tiles of one frame, or of
     several for those that were published so. After a name, ``+residual`` gives it the residual, ``+plain`` takes it
-    away, and ``+frame`` and ``+space-time`` choose the tiles. A tile of ``base`` that is not the default serves all.
+    away, ``+frame`` and ``+space-time`` choose the tiles, and ``+tokens`` scores blocks by all their keys. A tile of ``base`` that is not the default serves all.
 
     Raises:
         InputError: if a name is unknown.

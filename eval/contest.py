@@ -24,9 +24,9 @@ from draftattn.eval.contest_calls import CapturedCall, capture_calls, match_dens
 from draftattn.eval.contest_tables import at_equal_time
 from draftattn.eval.recall import mean_figures
 from draftattn.eval.recall_probe import probe_run
-from draftattn.eval.run_study import Listener, run_study
+from draftattn.eval.run_study import Listener
 from draftattn.eval.settings import setting_name, setting_to_json
-from draftattn.eval.study import Study, StudyFolder, write_json
+from draftattn.eval.study import NOTED_LATER, Study, StudyFolder, write_json
 from draftattn.eval.summary import summarise
 from draftattn.policies import make_policy, policy_text, read_policy
 from draftattn.policy import ObservingPolicy
@@ -103,20 +103,17 @@ class _Entry:
         self.alike = self.setting if watches else setting_name(replace(self.config, warmup=0))
 
 
-def run_contest(
+def measure_contest(
     contest: Contest,
     path: Path,
     load: Callable[[], Any],
     device: torch.device,
     listener: Listener | None = None,
-    *,
-    keep_videos: bool = False,
-) -> dict[str, Any]:
-    """Runs what is not yet there of a contest; may be stopped at any moment.
+) -> Study:
+    """Does what needs no videos, as far as it is not yet there; may be stopped at any moment.
 
-    First a dense run is looked at: each contender's parameter is found that gives the densities, recall and error of
-    the attention output are measured at chosen layers and steps, and the time of mask and attention on the same
-    tensors. Then every setting makes its videos.
+    A dense run is looked at: each contender's parameter is found that gives the densities, recall and error of the
+    attention output are measured at chosen layers and steps, and the time of mask and attention on the same tensors.
 
     Args:
         contest: what to compare.
@@ -124,10 +121,9 @@ def run_contest(
         load: gives the pipeline; called only if something is left to do.
         device: where it runs.
         listener: told of progress.
-        keep_videos: also keep the videos.
 
     Returns:
-        The content of ``contest.json``.
+        The videos to make, in the folder ``study`` of ``path``.
 
     Raises:
         InputError: if the folder holds something else.
@@ -150,12 +146,25 @@ def run_contest(
         }
         _times(contest, at_large, measured, "large_seconds", large, device, listener)
         large.cache_clear()
-    study = replace(contest.study, settings={entry.setting: entry.config for entry in entries})
-    folder = StudyFolder.open(path / "study", study, device)
-    run_study(folder, study, pipe, device, listener, keep_videos=keep_videos)
-    result = _result(contest, entries, measured, folder, study)
+    return _study_of(contest, entries)
+
+
+def write_contest(contest: Contest, path: Path, device: torch.device) -> dict[str, Any]:
+    """Brings the figures of a contest together whose measurements and videos are complete.
+
+    Returns:
+        The content of ``contest.json``, which is written.
+    """
+    measured = _Measured(path / "measured.json", contest, device)
+    entries = _matched(contest, measured, list, Listener())
+    study = _study_of(contest, entries)
+    result = _result(contest, entries, measured, StudyFolder.open(path / "study", study, device), study)
     write_json(path / "contest.json", result)
     return result
+
+
+def _study_of(contest: Contest, entries: list[_Entry]) -> Study:
+    return replace(contest.study, settings={entry.setting: entry.config for entry in entries})
 
 
 class _Measured:
@@ -180,7 +189,7 @@ class _Measured:
                 self.content = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise InputError(f"contest file {str(file)!r} cannot be read: {error}") from error
-            was = self.content.get("about", {})
+            was = {**NOTED_LATER, **self.content.get("about", {})}
             differing = [key for key in about if was.get(key) != about[key]]
             if differing:
                 raise InputError(

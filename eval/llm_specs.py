@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from draftattn.errors import InputError
 
 DENSE = "dense"
+SWEEP_DENSITIES = (0.5, 0.25, 0.125)
+SWEEP_MASSES = (0.95, 0.9, 0.8)
+SHORTEST_SWEEP = 1024
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,47 @@ def parse_spec(text: str) -> SystemSpec:
 def parse_specs(texts: Sequence[str]) -> list[SystemSpec]:
     """Several of them, without repetitions."""
     return list(dict.fromkeys(parse_spec(text) for text in texts))
+
+
+def density_sweep(length: int) -> list[SystemSpec]:
+    """Every system that needs no training, at three settings each, for a text of a length: no layer stays dense.
+
+    Systems with a budget aim at a half, a quarter and an eighth of the causal pairs, in blocks of 64; those that keep a
+    share of the attention's mass keep 95, 90 and 80 % of it. What they realise is for the measurement to say.
+
+    Args:
+        length: tokens of the text.
+
+    Raises:
+        InputError: if it is shorter than 1,024 tokens.
+
+    >>> [spec.text for spec in density_sweep(4096) if spec.name == "infllm"][0]
+    'infllm:top_k=32,local_tokens=512,dense_len=0'
+    """
+    if length < SHORTEST_SWEEP:
+        raise InputError(f"length is {length}; a sweep of densities needs {SHORTEST_SWEEP} tokens or more")
+
+    def blocks(share: float) -> int:
+        return max(1, round(share * length / 64))
+
+    texts = []
+    for density, mass in zip(SWEEP_DENSITIES, SWEEP_MASSES, strict=True):
+        # columns and the two diagonals of blocks that each band of distances touches
+        lines = 64 * blocks(density / 4)
+        moba = f"moba:chunk_size={length // 16},top_k={round(16 * density)}"
+        # of a triangle, a band of this width is the density
+        window = round(length * (1 - math.sqrt(1 - density))) - 5
+        texts += [
+            f"draft:density={density},block_size=64,dense_len=0",
+            f"xattention:threshold={mass},stride=8,block_size=64,dense_len=0",
+            f"minference:vertical_size={lines},slash_size={lines},dense_len=0",
+            f"flexprefill:gamma={mass},min_budget={length // 16},block_size=64,dense_len=0",
+            moba,
+            f"{moba},force_first=true",
+            f"infllm:top_k={max(2, blocks(density))},local_tokens={64 * blocks(density / 4)},dense_len=0",
+            f"streaming:window={window}",
+        ]
+    return [parse_spec(text) for text in texts]
 
 
 def _split(text: str) -> list[str]:

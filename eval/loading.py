@@ -79,6 +79,17 @@ def load_pipeline(
     return pipe
 
 
+def compile_blocks(pipe: Any) -> None:
+    """Compiles the repeated blocks of every transformer of a pipeline; it happens when they first run.
+
+    Draft attention may be turned on and off before and after. Sizes are not fixed: text of another length, of the next
+    prompt or of the other guidance branch, compiles once more, and that graph then serves every length.
+    """
+    for transformer in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+        if transformer is not None:
+            transformer.compile_repeated_blocks(fullgraph=True)
+
+
 def num_attention_layers(model: str, index: dict[str, Any]) -> int:
     """Attention layers of a pipeline's transformer, from its configuration."""
     from draftattn.pipelines.video.adapter import adapter_for

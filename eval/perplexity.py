@@ -70,9 +70,7 @@ def measure_perplexity(
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise InputError(f"the model's configuration has {name}; perplexity is measured without such a head")
-    for length in lengths:
-        if not 8 <= length <= len(tokens):
-            raise InputError(f"length is {length}; the text has {len(tokens)} tokens, and 8 are the least")
+    check_lengths(lengths, len(tokens))
     specs = [SystemSpec(DENSE), *(spec for spec in systems if spec.name != DENSE)]
     rows: list[dict[str, Any]] = []
     for length in lengths:
@@ -96,6 +94,13 @@ def measure_perplexity(
                 }
             )
     return rows
+
+
+def check_lengths(lengths: Sequence[int], num_tokens: int) -> None:
+    """Raises `InputError` where a text of so many tokens is too short, or 8 tokens are not asked for."""
+    for length in lengths:
+        if not 8 <= length <= num_tokens:
+            raise InputError(f"length is {length}; the text has {num_tokens} tokens, and 8 are the least")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ def plot_contest(result: dict[str, Any], path: Path) -> None:
     """Draws a row of panels for each metric and a column for each warm-up; a line joins a policy's densities.
 
     Args:
-        result: what ``run_contest`` returned, or read back from its JSON file.
+        result: what ``write_contest`` returned, or read back from its JSON file.
         path: where to; its ending chooses the format.
 
     Raises:

@@ -54,10 +54,16 @@ def plot_llm(result: dict[str, Any], path: Path) -> None:
 def _perplexity(axis: Any, rows: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if row["density"] is not None]
     lengths = sorted({row["length"] for row in rows})
+
+    def name(row: dict[str, Any]) -> str:
+        # numbers are what the density follows from; switches make another system
+        switches = ", ".join(option for option, value in row["options"].items() if value is True)
+        return f"{row['system']} ({switches})" if switches else row["system"]
+
     _draw(
         axis,
         rows,
-        lambda row: f"{row['system']}, {row['length']} tokens" if len(lengths) > 1 else row["system"],
+        lambda row: f"{name(row)}, {row['length']} tokens" if len(lengths) > 1 else name(row),
         lambda row: (row["density"], row["against_dense"]),
     )
     axis.axhline(1, color="#555555", linewidth=0.8)

@@ -257,6 +257,7 @@ def _facts(info: Json) -> list[list[str]]:
         ["Negative prompt", info.get("negative_prompt")],
         ["First frame", info.get("image")],
         ["Precision", info.get("dtype")],
+        ["Blocks", "compiled" if info.get("compiled") else None],
         ["Device", info["device"]],
         ["Prompts", len(info["prompts"])],
         ["Seeds", ", ".join(map(str, info["seeds"]))],

@@ -49,8 +49,8 @@ def run_study(
 ) -> None:
     """Makes the runs of a study that are not complete yet, one after another; may be stopped at any moment.
 
-    Times are those of the run that made them. On a GPU an untimed step of each setting comes first, so that no figure
-    holds the time of compiling kernels.
+    Times are those of the run that made them. On a GPU, or with compiled blocks, an untimed step of each setting comes
+    first, so that no figure holds the time of compiling.
 
     Args:
         folder: where the study is kept.
@@ -106,7 +106,8 @@ class _Maker:
         """Makes the runs in their order."""
         for number, run in enumerate(runs, 1):
             self.listener.phase(f"{number}/{len(runs)} {run.name}")
-            if self.device.type == "cuda" and run.setting not in self.warmed:
+            compiles = self.device.type == "cuda" or self.study.compiled
+            if compiles and run.setting not in self.warmed:
                 self._warm_up(run)
             if run.setting is None:
                 self._make_dense(run)

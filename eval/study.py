@@ -32,6 +32,8 @@ from draftattn.files import written_whole
 FORMAT = 1
 _SUBFOLDERS = ("runs", "frames", "videos")
 _GROWING = ("prompts", "seeds", "settings")
+# what folders have that were made before it was noted
+NOTED_LATER = {"compiled": False}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Study:
         negative_prompt: what the videos should not show.
         image: first frame, for image-to-video models.
         fps: frames per second of the files.
+        compiled: whether the transformer's blocks are compiled.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Study:
     negative_prompt: str | None = None
     image: str | None = None
     fps: int = 16
+    compiled: bool = False
 
     def to_json(self, device: torch.device) -> dict[str, Any]:
         """The content of ``study.json``."""
@@ -82,6 +86,7 @@ class Study:
             "negative_prompt": self.negative_prompt,
             "image": self.image,
             "dtype": self.dtype,
+            "compiled": self.compiled,
             "device": device_name(device),
             "versions": package_versions(),
             "prompts": list(self.prompts),
@@ -257,6 +262,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _merged(path: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    old = {**NOTED_LATER, **old}
     differing = [key for key in new if key not in _GROWING and old.get(key) != new[key]]
     if differing:
         was = ", ".join(f"{key} {_shown(old.get(key), new[key])}" for key in differing)

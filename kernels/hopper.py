@@ -514,8 +514,8 @@ def attention_forward(
 
     # without keys no tile is read, but a descriptor must describe something
     key, value = (query if x.shape[1] == 0 else x for x in (key, value))
-    means = (key, value) if residual is None else residual
-    tiles = [_describe(query, _HALF.value), *(_describe(x, _COLUMNS.value) for x in (key, value, *means))]
+    tiles = [_describe(query, _HALF.value), *(_describe(x, _COLUMNS.value) for x in (key, value))]
+    tiles += tiles[1:] if residual is None else [_describe(x, _COLUMNS.value) for x in residual]
     programs = min(batch * heads * num_query_blocks, _multiprocessors(query.device))
     # a scale of 0 would make NaN of the masked scores
     scale_log2 = max(abs(scale) * _LOG2_E, 1e-30)
@@ -543,8 +543,12 @@ def _describe(x: Tensor, rows: int) -> TensorDescriptor:
         head_dim if size == 1 else stride
         for size, stride in ((batch, x.stride(0)), (heads, x.stride(2)), (length, x.stride(1)))
     ]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, [batch, heads, length, head_dim], [*strides, 1], [1, 1, rows, head_dim], layout)
+    return TensorDescriptor(x, [batch, heads, length, head_dim], [*strides, 1], [1, 1, rows, head_dim], _tile_layout())
+
+
+@functools.cache
+def _tile_layout() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 @functools.cache

@@ -129,9 +129,7 @@ def list_blocks(block_map: Tensor, capacity: int | None = None) -> tuple[Tensor,
     return triton_selection.list_blocks(block_map, capacity)
 
 
-def density_of_lists(
-    kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor
-) -> Tensor:
+def density_of_lists(kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor) -> Tensor:
     """Share of all query-key pairs that lie in listed blocks, over all batch items and heads.
 
     Args:

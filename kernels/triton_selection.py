@@ -175,15 +175,17 @@ def density_kernel(
     m_r = o_r < num_rows
     o_row = i_b * stride_mask_b + i_h.to(tl.int64) * num_rows + o_r
     b_count = tl.load(p_counts + o_row, mask=m_r, other=0)
-    b_queries = tl.load(p_query_offsets + o_r + 1, mask=m_r, other=0) - tl.load(p_query_offsets + o_r, mask=m_r, other=0)
+    b_queries = tl.load(p_query_offsets + o_r + 1, mask=m_r, other=0) - tl.load(
+        p_query_offsets + o_r, mask=m_r, other=0
+    )
     # [ROWS, BLOCK_C] lengths of listed blocks
     b_keys = tl.zeros((ROWS, BLOCK_C), dtype=tl.int32)
     for o_start in range(0, tl.max(b_count, 0), BLOCK_C):
         o_c = o_start + tl.arange(0, BLOCK_C)[None, :]
         m_c = o_c < b_count[:, None]
         b_id = tl.load(p_ids + o_row[:, None] * capacity + o_c, mask=m_c, other=0)
-        b_end = tl.load(p_key_offsets + b_id + 1, mask=m_c, other=0)
-        b_keys += b_end - tl.load(p_key_offsets + b_id, mask=m_c, other=0)
+        b_key_end = tl.load(p_key_offsets + b_id + 1, mask=m_c, other=0)
+        b_keys += b_key_end - tl.load(p_key_offsets + b_id, mask=m_c, other=0)
     pairs = tl.sum(tl.sum(b_keys, 1).to(tl.int64) * b_queries, 0).to(tl.float64)
     queries = (tl.load(p_query_offsets + num_rows) - tl.load(p_query_offsets)).to(tl.float64)
     keys = (tl.load(p_key_offsets + num_columns) - tl.load(p_key_offsets)).to(tl.float64)
@@ -248,9 +250,7 @@ def list_blocks(block_map: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return counts, ids
 
 
-def density_of_lists(
-    kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor
-) -> Tensor:
+def density_of_lists(kv_num_blocks: Tensor, kv_indices: Tensor, query_offsets: Tensor, key_offsets: Tensor) -> Tensor:
     """``draftattn.kernels.selection.density_of_lists``."""
     batch, heads, rows, capacity = kv_indices.shape
     batch_out = max(batch, key_offsets.shape[0] if key_offsets.ndim == 2 else 1)

@@ -87,6 +87,7 @@ def model(
     tile: options.TileOption = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
+    dense_backend: options.DenseBackend = None,
 ) -> None:
     """Time a step and work out a whole run: stock dense, best dense and draft attention.
 
@@ -108,6 +109,7 @@ def model(
         tile=tile,
         dense_layers=dense_layers,
         backend=backend,
+        dense_backend=dense_backend,
     )
     sparsities = DEFAULT_SPARSITIES if preset is None else (config.sparsity,)
     if sparsity is not None:
@@ -178,6 +180,7 @@ def scaling(
     residual: options.Residual = None,
     tile: options.TileOption = None,
     backend: options.Backend = None,
+    dense_backend: options.DenseBackend = None,
 ) -> None:
     """Time of a forward pass against the number of tokens, and against sparsity.
 
@@ -198,6 +201,7 @@ def scaling(
         tile=tile,
         dense_layers=None,
         backend=backend,
+        dense_backend=dense_backend,
     )
     settings = ScalingSettings(
         tokens=DEFAULT_TOKENS if tokens is None else tuple(round(x) for x in read_shares("tokens", tokens)),

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from draftattn.cli import grid, options, run_options, tables
+from draftattn.cli.processes import join_processes
 from draftattn.errors import InputError
 from draftattn.files import check_writable
 
@@ -38,7 +39,8 @@ def policies(
         typer.Option(
             help="Contenders, by commas; all are compared at the times of the first one. 'published' is draft "
             "attention as in its paper, 'draft' the default, others are as published. After a name: +residual, "
-            "+plain (without it), +frame or +space-time (tiles). Default: all.",
+            "+plain (without it), +frame or +space-time (tiles), +tokens (blocks scored by all their keys). "
+            "Default: all.",
             rich_help_panel=CONTEST_PANEL,
         ),
     ] = None,
@@ -91,21 +93,23 @@ def policies(
 
     Each policy is set to the densities asked for, its recall, output error and time are measured on the tensors of a
     dense run, and its videos are compared with dense ones. A stopped contest loses nothing: the same command continues.
+    Under torchrun or accelerate launch the videos are shared out by prompt and seed; several processes may share a GPU.
     """
     from draftattn.eval import loading
     from draftattn.eval.contenders import DEFAULT_CONTENDERS, read_contenders
-    from draftattn.eval.contest import Contest, run_contest, spread_steps
+    from draftattn.eval.contest import Contest, measure_contest, spread_steps, write_contest
     from draftattn.eval.masks import spread
     from draftattn.eval.metrics import METRICS, check_metrics
     from draftattn.eval.plot_contest import plot_contest
     from draftattn.eval.plot_kernels import check_plot_path
-    from draftattn.eval.run_study import Listener
-    from draftattn.eval.study import Study
+    from draftattn.eval.run_study import Listener, run_study
+    from draftattn.eval.study import Run, Study, StudyFolder
 
     base = options.draft_config(None, None, None, None, None, tile, None, backend)
     contenders = read_contenders(DEFAULT_CONTENDERS if policies is None else policies, base)
     prompts = grid.read_prompts(prompt, prompt_file, vbench, max_prompts)
-    device = options.default_device()
+    processes = join_processes(options.default_device())
+    device = processes.device
     weights_dtype = options.resolve_dtype(dtype, device)
     options.check_numbers(steps, guidance, 1, options.Offload.none, device)
     size: dict[str, Any] = {"height": height, "width": width, "num_frames": frames}
@@ -145,11 +149,16 @@ def policies(
         check_plot_path(plot)
         check_writable(plot)
     console = tables.wide_console()
+    console.quiet = not processes.is_main
 
+    @functools.cache
     def load() -> Any:
         pipe = loading.load_pipeline(model, index, weights_dtype, device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def mine(run: Run) -> bool:
+        return (run.seed * len(prompts) + run.prompt) % processes.count == processes.index
 
     columns = (
         TextColumn("{task.description}"),
@@ -163,7 +172,14 @@ def policies(
             phase=lambda what: progress.update(task, description=what),
             step=functools.partial(progress.advance, task),
         )
-        result = run_contest(contest, output, load, device, listener, keep_videos=keep_videos)
+        with processes.main_first():
+            complete = measure_contest(contest, output, load, device, listener)
+            folder = StudyFolder.open(output / "study", complete, device)
+        run_study(folder, complete, load, device, listener, keep_videos=keep_videos, mine=mine)
+        processes.wait()
+    if not processes.is_main:
+        return
+    result = write_contest(contest, output, device)
     print_contest(console, result, markdown)
     console.print(f"Wrote {output / 'contest.json'}")
     if plot is not None:

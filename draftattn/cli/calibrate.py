@@ -50,6 +50,7 @@ def calibrate(
     tile: options.TileOption = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
+    dense_backend: options.DenseBackend = None,
 ) -> None:
     """Find the sparsity of every layer and range of steps that meets a target of speed or quality on a few prompts.
 
@@ -63,7 +64,9 @@ def calibrate(
     from draftattn.eval.settings import config_to_json
 
     aim = Target.read(target)
-    config = options.draft_config(preset, None, warmup, None, residual, tile, dense_layers, backend)
+    config = options.draft_config(
+        preset, None, warmup, None, residual, tile, dense_layers, backend, dense_backend=dense_backend
+    )
     prompts = grid.read_prompts(prompt, prompt_file, vbench, max_prompts)
     device = options.default_device()
     weights_dtype = options.resolve_dtype(dtype, device)

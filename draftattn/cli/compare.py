@@ -44,6 +44,7 @@ def compare(
     dtype: run_options.DtypeOption = options.Dtype.auto,
     offload: run_options.OffloadOption = options.Offload.none,
     vae_tiling: run_options.VaeTiling = False,
+    compile_blocks: run_options.CompileBlocks = False,
     json: tables.Json = False,
     markdown: tables.Markdown = False,
     preset: grid.Presets = None,
@@ -54,6 +55,7 @@ def compare(
     tile: grid.Tiles = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
+    dense_backend: options.DenseBackend = None,
     policy: grid.Policies = None,
     means: grid.Means = None,
     draft_keys: grid.DraftKeys = None,
@@ -71,12 +73,24 @@ def compare(
     from draftattn.eval.study import Study, StudyFolder
 
     settings = grid.read_settings(
-        preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy, means, draft_keys
+        preset,
+        sparsity,
+        warmup,
+        selection,
+        residual,
+        tile,
+        dense_layers,
+        backend,
+        policy,
+        means,
+        draft_keys,
+        dense_backend,
     )
     prompts = grid.read_prompts(prompt, prompt_file, vbench, max_prompts)
     processes = join_processes(options.default_device())
     device = processes.device
     weights_dtype = options.resolve_dtype(dtype, device)
+    run_options.check_compile(compile_blocks, offload)
     options.check_numbers(steps, guidance, fps, offload, device)
     console = tables.wide_console(stderr=json)
     console.quiet = not processes.is_main
@@ -98,6 +112,7 @@ def compare(
         negative_prompt=negative_prompt,
         image=None if image is None else str(image),
         fps=fps,
+        compiled=compile_blocks,
     )
     check_metrics(METRICS, study.num_frames, study.height, study.width)
     if image is not None:
@@ -118,6 +133,8 @@ def compare(
         pipe = loading.load_pipeline(model, index, weights_dtype, device, offload.value)
         if vae_tiling:
             pipe.vae.enable_tiling()
+        if compile_blocks:
+            loading.compile_blocks(pipe)
         return pipe
 
     try:

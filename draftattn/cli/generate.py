@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,7 @@ def generate(
     dtype: run_options.DtypeOption = options.Dtype.auto,
     offload: run_options.OffloadOption = options.Offload.none,
     vae_tiling: run_options.VaeTiling = False,
+    compile_blocks: run_options.CompileBlocks = False,
     context_parallel: options.ContextParallelOption = options.ContextParallel.none,
     preset: options.Preset = None,
     sparsity: options.Sparsity = None,
@@ -61,6 +63,7 @@ def generate(
     tile: options.TileOption = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
+    dense_backend: options.DenseBackend = None,
     policy: options.Policy = None,
     schedule: options.Schedule = None,
 ) -> None:
@@ -70,12 +73,13 @@ def generate(
     of them make each video together.
     """
     config = options.draft_config(
-        preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy, schedule
+        preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy, schedule, dense_backend
     )
     processes = join_processes(options.default_device())
     device, together = processes.device, context_parallel is options.ContextParallel.ulysses
     console.quiet = not processes.is_main
     weights_dtype = options.resolve_dtype(dtype, device)
+    run_options.check_compile(compile_blocks, offload)
     options.check_numbers(steps, guidance, fps, offload, device)
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}; it must be in [0, 2^63)")
@@ -114,6 +118,9 @@ def generate(
     if together:
         spread_pipeline(pipe, processes.count, _num_tokens(model, index, height, width, frames))
     enable(pipe, config)
+    if compile_blocks:
+        loading.compile_blocks(pipe)
+        console.print("Compiling the transformer's blocks in the first step, which takes a minute or so")
     settings = {
         "model": model,
         "negative_prompt": negative_prompt,
@@ -126,6 +133,7 @@ def generate(
         "seed": seed,
         "dtype": str(weights_dtype).removeprefix("torch."),
         "offload": offload.value,
+        "compiled": compile_blocks,
         "processes": processes.count if together else 1,
     }
     jobs = list(zip(prompts, targets, strict=True))
@@ -221,6 +229,8 @@ def _one_prompt(
     console.print(f"[bold]{settings['prompt']}[/bold]", highlight=False)
     dense: Generation | None = None
     if paths.dense is not None:
+        if settings["compiled"]:
+            _compile_now(pipe, config, arguments)
         disable(pipe)
         dense = _run(pipe, "dense", arguments, seed)
         if writes:
@@ -242,10 +252,26 @@ def _one_prompt(
     console.print(f"Wrote {paths.dense}, {paths.draft} and {paths.comparison}")
 
 
+def _compile_now(pipe: Any, config: DraftConfig, arguments: dict[str, Any]) -> None:
+    """One step of each kind, so that the times compared hold none of the compiler's."""
+    from draftattn.pipelines.video import disable, enable
+
+    _show_progress(pipe, "compiling")
+    one_step = {**arguments, "num_inference_steps": 1, "output_type": "latent"}
+    disable(pipe)
+    pipe(**one_step)
+    with enable(pipe, replace(config, warmup=0)):
+        pipe(**one_step)
+
+
+def _show_progress(pipe: Any, name: str) -> None:
+    pipe.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "desc": name})
+
+
 def _run(pipe: Any, name: str, arguments: dict[str, Any], seed: int) -> Generation:
     from draftattn.eval.generation import generate as generate_video
 
-    pipe.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "desc": name})
+    _show_progress(pipe, name)
     status = console.status(f"{name}: decoding the video")
     try:
         return generate_video(pipe, seed=seed, on_decode=status.start, **arguments)

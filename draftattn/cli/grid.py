@@ -155,6 +155,7 @@ def read_settings(
     policy: str | None = None,
     means: str | None = None,
     draft_keys: str | None = None,
+    dense_backend: str | None = None,
 ) -> dict[str, DraftConfig]:
     """Every combination of the values given, by name; what is not given is the preset's or the default.
 
@@ -179,6 +180,8 @@ def read_settings(
         axes["dense_layers"] = [options.read_layers(dense_layers)]
     if backend is not None:
         axes["backend"] = [backend]
+    if dense_backend is not None:
+        axes["dense_backend"] = [dense_backend]
     return settings_grid(bases, axes)
 
 

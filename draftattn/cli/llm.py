@@ -47,7 +47,7 @@ def _llm() -> None:
 
 @llm_app.command(
     epilog="Example: draftattn llm perplexity --model SmolLM2-135M-Instruct.Q4_1.gguf --text essays.txt "
-    "--lengths 1024,4096 --system draft:density=0.5,block_size=64,dense_len=0 --system moba:chunk_size=256,top_k=4"
+    "--lengths 1024,4096 --sweep --output perplexity.json --plot perplexity.svg"
 )
 @options.interruptible
 def perplexity(
@@ -55,21 +55,31 @@ def perplexity(
     text: Text,
     lengths: Annotated[str, typer.Option(help="Leading tokens of the text to read, by commas.")] = "1024,4096",
     system: Systems = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also every system that needs no training, at three densities each.")
+    ] = False,
     dtype: Dtype = options.Dtype.auto,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
     """Measure perplexity on a text, dense and with sparse attention systems, beside the density they realised."""
-    from draftattn.eval.perplexity import measure_perplexity, perplexity_report
+    from draftattn.eval.llm_specs import density_sweep
+    from draftattn.eval.perplexity import check_lengths, measure_perplexity, perplexity_report
 
-    specs, sizes = _specs(system), _lengths(lengths)
+    given, sizes = _specs(system), _lengths(lengths)
+    systems = {size: list(dict.fromkeys([*given, *(density_sweep(size) if sweep else [])])) for size in sizes}
     _check_outputs(output, plot)
     content = _read_text(text)
     loaded, tokenizer, device = _load(model, dtype)
     tokens = tokenizer(content, return_tensors="pt").input_ids[0].to(device)
+    check_lengths(sizes, len(tokens))
     console = tables.wide_console()
     with console.status("measuring") as status:
-        rows = measure_perplexity(loaded, tokens, specs, sizes, status.update)
+        rows = [
+            row
+            for size, specs in systems.items()
+            for row in measure_perplexity(loaded, tokens, specs, [size], status.update)
+        ]
     table = Table(box=box.SIMPLE)
     for heading in ("system", "tokens", "density", "perplexity", "× dense", "last quarter", "seconds"):
         table.add_column(heading, justify="left" if heading == "system" else "right", overflow="fold")
@@ -84,7 +94,7 @@ def perplexity(
             f"{row['seconds']:.2f}",
         )
     console.print(table)
-    _finish(console, perplexity_report(model, text.name, rows, loaded, device), output, plot)
+    _finish(console, perplexity_report(_shown(model), text.name, rows, loaded, device), output, plot)
 
 
 @llm_app.command(
@@ -185,7 +195,7 @@ def bench(
             loaded, _, _ = _load(model, dtype)
         with console.status("measuring") as status:
             result = bench_llm.bench_generation(
-                loaded, model, sizes, specs, new_tokens=new_tokens, on_progress=status.update
+                loaded, _shown(model), sizes, specs, new_tokens=new_tokens, on_progress=status.update
             )
         console.print(_generation_table(result))
     else:
@@ -287,6 +297,12 @@ def _load(model: str, dtype: options.Dtype) -> tuple[Any, Any, torch.device]:
     device = options.default_device()
     loaded, tokenizer = load_language_model(model, dtype=options.resolve_dtype(dtype, device), device=device)
     return loaded, tokenizer, device
+
+
+def _shown(model: str) -> str:
+    """A model's name; of a file or folder without where it lies."""
+    path = Path(model)
+    return path.name if path.exists() else model
 
 
 def _check_outputs(output: Path | None, plot: Path | None) -> None:

@@ -55,6 +55,7 @@ def masks(
     tile: options.TileOption = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
+    dense_backend: options.DenseBackend = None,
     policy: options.Policy = None,
 ) -> None:
     """Draw the draft map and the block mask of chosen layers, heads and steps.
@@ -65,7 +66,9 @@ def masks(
     from draftattn.eval import loading
     from draftattn.eval.mask_page import write_masks
 
-    config = options.draft_config(preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy)
+    config = options.draft_config(
+        preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy, dense_backend=dense_backend
+    )
     device = options.default_device()
     weights_dtype = options.resolve_dtype(dtype, device)
     options.check_numbers(steps, guidance, 1, offload, device)

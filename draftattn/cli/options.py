@@ -71,6 +71,13 @@ Backend = Annotated[
         rich_help_panel=DRAFT_PANEL,
     ),
 ]
+DenseBackend = Annotated[
+    str | None,
+    typer.Option(
+        help="Kernel of warm-up steps and dense layers: auto, hopper, fa4, cudnn, flash, or torch (the model's own).",
+        rich_help_panel=DRAFT_PANEL,
+    ),
+]
 
 Policy = Annotated[
     str | None,
@@ -176,6 +183,7 @@ def draft_config(
     backend: str | None,
     policy: str | None = None,
     schedule: str | None = None,
+    dense_backend: str | None = None,
 ) -> DraftConfig:
     """The settings that the options describe: those given replace the preset's.
 
@@ -190,6 +198,7 @@ def draft_config(
         "tile": None if tile is None else read_tile(tile),
         "dense_layers": None if dense_layers is None else read_layers(dense_layers),
         "backend": backend,
+        "dense_backend": dense_backend,
         "policy": None if policy is None else read_policy(policy),
         "schedule": schedule,
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -50,6 +51,16 @@ class Processes:
         """Waits until every process has come this far, for days if need be."""
         if self.count > 1:
             torch.distributed.barrier(group=_patient_group())
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Lets the main process do something alone, then the others the same, who find it done."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+        self.wait()
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """The items that fall to this process; all are given out, and none twice."""

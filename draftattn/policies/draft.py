@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from draftattn.config import DraftConfig
-from draftattn.draft import draft_map, draft_masses, draft_scores, log_block_sizes
+from draftattn.draft import draft_map, draft_masses, draft_scores
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.selection import BlockSelection, select_from_rank, select_largest
@@ -43,7 +43,7 @@ class DraftPolicy:
             selection = select_largest(
                 draft_masses(inputs, scale) if of_tokens else draft_scores(inputs, scale, weighted),
                 blocks_kept_per_row(layout.num_video_blocks, sparsity),
-                bias=None if of_tokens else log_block_sizes(layout),
+                bias=None if of_tokens else layout.log_video_block_sizes,
                 keep_diagonal=True,
                 dense_tail=num_text_blocks,
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from draftattn.config import DraftConfig
-from draftattn.draft import draft_scores, log_block_sizes
+from draftattn.draft import draft_scores
 from draftattn.errors import InputError
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
@@ -72,7 +72,7 @@ class SpargePolicy:
         alike_query = self_similarity(inputs.query[:, :video], layout) > similarity
         alike_key = self_similarity(key - key.mean(1, keepdim=True), layout) > similarity
         alike_key = alike_key.repeat_interleave(inputs.query.shape[2] // key.shape[2], dim=1)[:, :, None]
-        scores = draft_scores(inputs, scale) + log_block_sizes(layout)
+        scores = draft_scores(inputs, scale) + layout.log_video_block_sizes
         # a row of nothing but -inf is no softmax; everything is kept there anyway
         shares = scores.masked_fill(~alike_key, -torch.inf).softmax(-1).nan_to_num(0.0)
         largest, order = shares.sort(dim=-1, descending=True, stable=True)

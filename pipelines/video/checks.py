@@ -11,6 +11,7 @@ from diffusers import ConfigMixin
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
 from draftattn.kernels.backends import reasons_against
+from draftattn.kernels.dense import reasons_against_dense
 from draftattn.pipelines.video.adapter import adapter_for, resolve_layers
 
 
@@ -71,19 +72,18 @@ def check_size(multiples: tuple[int, int], height: int | None, width: int | None
 def check_backend(
     config: DraftConfig, transformer_config: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Checks that the kernel asked for can serve a transformer.
+    """Checks that the kernels asked for, of sparse and of dense attention, can serve a transformer.
 
     Raises:
         InputError: with every reason why it cannot.
     """
-    if config.backend == "auto":
-        return
     head_dim = transformer_config.get("attention_head_dim", 128)
     example = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
     with torch.no_grad():
-        reasons = reasons_against(config.backend, example, example, example)
-    if reasons:
-        raise InputError(f"backend {config.backend!r} cannot serve here: {'; '.join(reasons)}")
+        if config.backend != "auto" and (reasons := reasons_against(config.backend, example, example, example)):
+            raise InputError(f"backend {config.backend!r} cannot serve here: {'; '.join(reasons)}")
+        if reasons := reasons_against_dense(config.dense_backend, example, example, example):
+            raise InputError(f"dense_backend {config.dense_backend!r} cannot serve here: {'; '.join(reasons)}")
 
 
 def component_config(repo_or_folder: str | Path, component: str, **options: Any) -> dict[str, Any]:

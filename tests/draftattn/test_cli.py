@@ -40,6 +40,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--selection", "column"], ["selection is 'column'", "row, head"]),
         (["--preset", "fastest"], ["preset is 'fastest'", "balanced"]),
         (["--backend", "cuda"], ["backend is 'cuda'", "triton"]),
+        (["--dense-backend", "cuda"], ["dense_backend is 'cuda'", "cudnn", "torch"]),
         (["--dense-layers", "12"], ["layer 12", "0 to 9"]),
         (["--height", "250"], ["height is 250", "multiples of 16"]),
         (["--width", "0"], ["width is 0", "multiples of 16"]),
@@ -49,6 +50,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--fps", "0"], ["fps is 0"]),
         (["--seed", "-1"], ["seed is -1"]),
         (["--backend", "hopper", "--dtype", "float32"], ["backend 'hopper'", "fp16 or bf16"]),
+        (["--dense-backend", "hopper", "--dtype", "float32"], ["dense_backend 'hopper'", "fp16 or bf16"]),
         (["--output", "/proc/video.mp4"], ["/proc/video.mp4", "cannot be written"]),
         (["--output", "video.gif"], ["video.gif", ".mp4"]),
         (["--output", "/proc/none/video.mp4"], ["/proc/none/video.mp4", "cannot be written"]),
@@ -92,6 +94,7 @@ def test_generate_against_dense(
 ) -> None:
     output = tmp_path / "videos" / "draft.mp4"
     arguments = ["--model", TINY_WAN, "--prompt", "hands moving red cups on a white table", "--tile", "1x2x2"]
+    arguments += ["--dense-backend", "torch"]
     code = run(monkeypatch, "generate", *arguments, *SMALL, "--warmup", "1", "--against-dense", "--output", str(output))
     assert code == 0
     assert sorted(file.name for file in output.parent.iterdir()) == ["compare.json", "dense.mp4", "draft.mp4"]
@@ -99,6 +102,7 @@ def test_generate_against_dense(
     assert comparison["draft"]["warmup_steps"] == 1
     assert 0.2 < comparison["draft"]["density"] < 0.3
     assert comparison["settings"]["draft"]["sparsity"] == 0.75
+    assert comparison["settings"]["draft"]["dense_backend"] == "torch"
     assert len(comparison["quality"]["psnr"]["per_frame"]) == 5
     assert 10 < comparison["quality"]["psnr"]["mean"] < 60
     assert comparison["versions"]["torch"]
@@ -264,6 +268,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         (["--dense-layers", "30"], ["layer 30", "layers 0 to 29"]),
         (["--context-parallel"], ["torchrun --nproc-per-node 2"]),
         (["--backend", "hopper"], ["backend 'hopper'", "fp16 or bf16"]),
+        (["--dense-backend", "hopper"], ["dense_backend 'hopper'", "fp16 or bf16"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
@@ -331,6 +336,7 @@ def test_compare_and_recall_refuse_before_they_load(
         (["compare", "--warmup", "0.25,often"], ["warmup is 'often'"]),
         (["compare", "--residual", "maybe"], ["residual is 'maybe'", "yes, no"]),
         (["compare", "--fps", "0"], ["fps is 0"]),
+        (["compare", "--dense-backend", "cuda"], ["dense_backend is 'cuda'", "cudnn, flash, torch"]),
         (["compare", "--output", "/proc/study"], ["/proc/study", "cannot be written"]),
         (["recall", "--layers", "12"], ["layers names 12", "0 to 9"]),
         (["recall", "--at-steps", "0,50"], ["at-steps names 50", "0 to 49"]),

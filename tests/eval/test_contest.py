@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,11 +18,12 @@ from draftattn.errors import InputError
 from draftattn.eval import contest as contest_module
 from draftattn.eval import contest_calls
 from draftattn.eval.contenders import DEFAULT_CONTENDERS, read_contenders
-from draftattn.eval.contest import Contest, run_contest
+from draftattn.eval.contest import Contest, measure_contest, write_contest
 from draftattn.eval.contest_calls import capture_calls, match_density, mean_density, seconds_of
 from draftattn.eval.contest_tables import at_equal_time, within_time
 from draftattn.eval.plot_contest import plot_contest
-from draftattn.eval.study import Study
+from draftattn.eval.run_study import run_study
+from draftattn.eval.study import Study, StudyFolder
 from draftattn.policies import POLICY_NAMES, policy_text
 from draftattn.policies.sparge import SpargeConfig
 from draftattn.policies.xattention import XAttentionConfig
@@ -65,6 +67,12 @@ def contest(text: str = "published,draft,adaspa", **changes: Any) -> Contest:
     return Contest(**(settings | changes))
 
 
+def run_contest(what: Contest, path: Path, load: Callable[[], Any]) -> dict[str, Any]:
+    study = measure_contest(what, path, load, CPU)
+    run_study(StudyFolder.open(path / "study", study, CPU), study, load, CPU, keep_videos=False)
+    return write_contest(what, path, CPU)
+
+
 def refuse_to_load() -> Any:
     raise AssertionError("nothing was left to do")
 
@@ -72,7 +80,7 @@ def refuse_to_load() -> Any:
 @pytest.fixture(scope="module")
 def finished(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     path = tmp_path_factory.mktemp("contest") / "contest"
-    return path, run_contest(contest(), path, lambda: pipe, CPU)
+    return path, run_contest(contest(), path, lambda: pipe)
 
 
 class TestContenders:
@@ -259,19 +267,20 @@ class TestWhole:
 
     def test_the_same_command_again_does_nothing_anew(self, finished: tuple[Path, dict[str, Any]]) -> None:
         path, result = finished
-        assert run_contest(contest(), path, refuse_to_load, CPU) == result
+        assert run_contest(contest(), path, refuse_to_load) == result
 
     def test_a_stopped_contest_continues(
         self, finished: tuple[Path, dict[str, Any]], pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         small = contest("published,adaspa", densities=(0.5,), warmups=(0.0,))
         with monkeypatch.context() as stopped:
-            stopped.setattr(contest_module, "run_study", lambda *arguments, **options: 1 / 0)
+            stopped.setattr(contest_module, "probe_run", lambda *arguments, **options: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                run_contest(small, tmp_path / "c", lambda: pipe, CPU)
-        kept = json.loads((tmp_path / "c" / "measured.json").read_text())
-        again = run_contest(small, tmp_path / "c", lambda: pipe, CPU)
-        assert json.loads((tmp_path / "c" / "measured.json").read_text()) == kept
+                run_contest(small, tmp_path / "c", lambda: pipe)
+        kept = json.loads((tmp_path / "c" / "measured.json").read_text())["parameters"]
+        assert len(kept) == 2
+        again = run_contest(small, tmp_path / "c", lambda: pipe)
+        assert json.loads((tmp_path / "c" / "measured.json").read_text())["parameters"] == kept
         whole = finished[1]
         for row in again["rows"]:
             (same,) = [
@@ -283,11 +292,11 @@ class TestWhole:
 
     def test_another_contest_needs_another_folder(self, finished: tuple[Path, dict[str, Any]]) -> None:
         with pytest.raises(InputError, match=r"another layers, steps; use another folder"):
-            run_contest(contest(layers=(1,), steps=(1,)), finished[0], refuse_to_load, CPU)
+            run_contest(contest(layers=(1,), steps=(1,)), finished[0], refuse_to_load)
 
     def test_a_larger_video_is_timed_at_the_densities_of_the_small_one(self, pipe: Any, tmp_path: Path) -> None:
         larger = contest("draft,sparge:similarity=-1", densities=(0.4,), warmups=(0.0,), time_size=(64, 80, 17))
-        result = run_contest(larger, tmp_path / "c", lambda: pipe, CPU)
+        result = run_contest(larger, tmp_path / "c", lambda: pipe)
         assert all(row["large_seconds"] > 0 for row in result["rows"])
         assert result["dense_large_seconds"] > 0
         assert [entry["time"] for entry in result["equal_time"]] == ["seconds"] * 2 + ["large_seconds"] * 2

@@ -220,6 +220,7 @@ def test_lost_dense_frames_are_made_again_where_they_are_needed(pipe: Any, tmp_p
         ({"height": 96}, "height 48, and now it is 96"),
         ({"num_steps": 4, "guidance": 1.0}, "num_steps 3, guidance 3.0, and now it is 4, 1.0"),
         ({"model": "other"}, "model 'tiny', and now it is 'other'"),
+        ({"compiled": True}, "compiled False, and now it is True"),
     ],
 )
 def test_another_study_is_refused(whole: StudyFolder, changes: dict[str, Any], words: str) -> None:
@@ -227,6 +228,16 @@ def test_another_study_is_refused(whole: StudyFolder, changes: dict[str, Any], w
     with pytest.raises(InputError, match=words):
         StudyFolder.open(whole.path, study(**changes), CPU)
     assert (whole.path / "study.json").read_text() == before
+
+
+def test_a_study_from_before_compiled_was_noted_continues(tmp_path: Path) -> None:
+    asked = study()
+    folder = StudyFolder.open(tmp_path / "study", asked, CPU)
+    content = {key: value for key, value in folder.content.items() if key != "compiled"}
+    (folder.path / "study.json").write_text(json.dumps(content))
+    assert StudyFolder.open(folder.path, asked, CPU).content["compiled"] is False
+    with pytest.raises(InputError, match="compiled False, and now it is True"):
+        StudyFolder.open(folder.path, replace(asked, compiled=True), CPU)
 
 
 def test_other_versions_are_refused(whole: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:

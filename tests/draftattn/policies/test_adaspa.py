@@ -28,7 +28,7 @@ def block_mass(call: AttentionInputs, item: int, head: int, lse_of: AttentionInp
     lse = (other.query[item, :, head].double() @ other.key[item, :, head // 2].double().T / 4).logsumexp(-1)
     probabilities = (scores - lse[:, None]).exp()
     edges, video = call.layout.offsets.tolist(), call.layout.num_video_blocks
-    out = torch.zeros(video, video, dtype=torch.float64)
+    out = torch.zeros(video, video, dtype=torch.float64, device=call.query.device)
     for i, j in product(range(video), repeat=2):
         out[i, j] = probabilities[edges[i] : edges[i + 1], edges[j] : edges[j + 1]].sum(-1).mean()
     return out

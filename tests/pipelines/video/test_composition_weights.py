@@ -27,38 +27,49 @@ def on_device(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
+def run_whole(tiny: ModuleType, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """A forward of the model as a whole where the offloaded one computes: devices differ in their arithmetic."""
+    output = run_there(tiny, model.to(DEVICE), inputs)
+    model.to("cpu")
+    return output
+
+
+def run_there(tiny: ModuleType, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    return tiny.run(model, on_device(inputs)).cpu()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 class TestOffload:
     def test_models_one_by_one(self, tiny: ModuleType, family: str) -> None:
         model, inputs = model_and_inputs(tiny, family)
         enable(model, tiny.config())
-        draft = tiny.run(model, inputs)
+        draft = run_whole(tiny, model, inputs)
         _, hook = accelerate.cpu_offload_with_hook(model, execution_device=DEVICE)
         for _ in range(2):
-            torch.testing.assert_close(tiny.run(model, on_device(inputs)).cpu(), draft, **ROUNDING)
+            torch.testing.assert_close(run_there(tiny, model, inputs), draft, **ROUNDING)
             hook.offload()
 
     def test_layers_one_by_one(self, tiny: ModuleType, family: str) -> None:
         model, inputs = model_and_inputs(tiny, family)
-        dense = tiny.run(model, inputs)
+        dense = run_whole(tiny, model, inputs)
         enable(model, tiny.config())
-        draft = tiny.run(model, inputs)
+        draft = run_whole(tiny, model, inputs)
         accelerate.cpu_offload(model, execution_device=DEVICE, offload_buffers=True)
         assert next(model.parameters()).device.type == "meta"
         for _ in range(2):
-            torch.testing.assert_close(tiny.run(model, on_device(inputs)).cpu(), draft, **ROUNDING)
+            torch.testing.assert_close(run_there(tiny, model, inputs), draft, **ROUNDING)
         disable(model)
-        torch.testing.assert_close(tiny.run(model, on_device(inputs)).cpu(), dense, **ROUNDING)
+        torch.testing.assert_close(run_there(tiny, model, inputs), dense, **ROUNDING)
 
     @pytest.mark.parametrize("by", ["leaf_level", "block_level"])
     def test_groups_of_layers(self, tiny: ModuleType, family: str, by: str) -> None:
         model, inputs = model_and_inputs(tiny, family)
         enable(model, tiny.config())
-        draft = tiny.run(model, inputs)
+        draft = run_whole(tiny, model, inputs)
         blocks = {} if by == "leaf_level" else {"num_blocks_per_group": 1}
         model.enable_group_offload(onload_device=DEVICE, offload_device=torch.device("cpu"), offload_type=by, **blocks)
         for _ in range(2):
-            torch.testing.assert_close(tiny.run(model, on_device(inputs)).cpu(), draft, **ROUNDING)
+            torch.testing.assert_close(run_there(tiny, model, inputs), draft, **ROUNDING)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="diffusers offloads whole pipelines from an accelerator only")
@@ -96,6 +107,42 @@ def test_torchao_weights(tiny: ModuleType, family: str) -> None:
     with enable(model, tiny.config(sparsity=0)):
         torch.testing.assert_close(tiny.run(model, inputs), dense, **ROUNDING)
     assert torch.equal(tiny.run(model, inputs), dense)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bitsandbytes_weights(tiny: ModuleType, family: str, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, inputs = model_and_inputs(tiny, family)
+    exact = run_whole(tiny, model, inputs)
+    quantize_with_bitsandbytes(model, bits)
+    model.to(DEVICE)
+    dense = run_there(tiny, model, inputs)
+    with enable(model, tiny.config(sparsity=0)):
+        draft = run_there(tiny, model, inputs)
+    if bits == 4:
+        torch.testing.assert_close(draft, dense, **ROUNDING)
+    # activations are brought to 8 bits too, where what differs by rounding may differ by a whole step
+    assert (draft - dense).norm() < 0.5 * (dense - exact).norm()
+    assert torch.equal(run_there(tiny, model, inputs), dense)
+
+
+def quantize_with_bitsandbytes(model: nn.Module, bits: int) -> None:
+    """Replaces the linear layers that diffusers replaces, which itself does so on a GPU only."""
+    import bitsandbytes
+
+    kept: list[str] = type(model)._keep_in_fp32_modules or []
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or any(part in kept for part in name.split(".")):
+            continue
+        size = layer.in_features, layer.out_features, layer.bias is not None
+        if bits == 8:
+            quantized = bitsandbytes.nn.Linear8bitLt(*size, has_fp16_weights=False)
+        else:
+            quantized = bitsandbytes.nn.LinearNF4(*size, compute_dtype=torch.float32)
+        quantized.load_state_dict(layer.state_dict())
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, quantized)
 
 
 class TestLoRA:
