@@ -27,7 +27,8 @@ def read_contenders(text: str, base: DraftConfig) -> dict[str, DraftConfig]:
     ``published`` is draft attention as its paper has it, ``draft`` the default; all others are policies as
     `draftattn.policies.read_policy` reads them, as published: without the residual, in tiles of one frame, or of
     several for those that were published so. After a name, ``+residual`` gives it the residual, ``+plain`` takes it
-    away, ``+frame`` and ``+space-time`` choose the tiles, and ``+tokens`` scores blocks by all their keys. A tile of ``base`` that is not the default serves all.
+    away, ``+frame`` and ``+space-time`` choose the tiles, and ``+tokens`` scores blocks by all their keys. A tile of
+    ``base`` that is not the default serves all.
 
     Raises:
         InputError: if a name is unknown.

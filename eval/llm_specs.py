@@ -13,7 +13,7 @@ from draftattn.errors import InputError
 DENSE = "dense"
 SWEEP_DENSITIES = (0.5, 0.25, 0.125)
 SWEEP_MASSES = (0.95, 0.9, 0.8)
-SHORTEST_SWEEP = 1024
+SHORTEST_SWEEP = 2048
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def density_sweep(length: int) -> list[SystemSpec]:
         length: tokens of the text.
 
     Raises:
-        InputError: if it is shorter than 1,024 tokens.
+        InputError: if it is shorter than 2,048 tokens.
 
     >>> [spec.text for spec in density_sweep(4096) if spec.name == "infllm"][0]
-    'infllm:top_k=32,local_tokens=512,dense_len=0'
+    'infllm:top_k=19,local_tokens=256,dense_len=0'
     """
     if length < SHORTEST_SWEEP:
         raise InputError(f"length is {length}; a sweep of densities needs {SHORTEST_SWEEP} tokens or more")
@@ -98,11 +98,10 @@ def density_sweep(length: int) -> list[SystemSpec]:
 
     texts = []
     for density, mass in zip(SWEEP_DENSITIES, SWEEP_MASSES, strict=True):
-        # columns and the two diagonals of blocks that each band of distances touches
-        lines = 64 * blocks(density / 4)
-        moba = f"moba:chunk_size={length // 16},top_k={round(16 * density)}"
-        # of a triangle, a band of this width is the density
-        window = round(length * (1 - math.sqrt(1 - density))) - 5
+        # so many keys for every query, or all where there are fewer, are the density of a triangle
+        width = 1 - math.sqrt(1 - density)
+        kept, lines = max(2, blocks(width)), 64 * blocks(density / 2)
+        moba = f"moba:chunk_size={length // 32},top_k={max(2, round(32 * width))}"
         texts += [
             f"draft:density={density},block_size=64,dense_len=0",
             f"xattention:threshold={mass},stride=8,block_size=64,dense_len=0",
@@ -110,8 +109,8 @@ def density_sweep(length: int) -> list[SystemSpec]:
             f"flexprefill:gamma={mass},min_budget={length // 16},block_size=64,dense_len=0",
             moba,
             f"{moba},force_first=true",
-            f"infllm:top_k={max(2, blocks(density))},local_tokens={64 * blocks(density / 4)},dense_len=0",
-            f"streaming:window={window}",
+            f"infllm:top_k={kept},local_tokens={64 * max(1, kept // 4)},dense_len=0",
+            f"streaming:window={round(length * width) - 5}",
         ]
     return [parse_spec(text) for text in texts]
 

@@ -87,7 +87,9 @@ def compile_blocks(pipe: Any) -> None:
     """
     for transformer in (pipe.transformer, getattr(pipe, "transformer_2", None)):
         if transformer is not None:
-            transformer.compile_repeated_blocks(fullgraph=True)
+            # the hooks by which diffusers shares tokens out to devices break the graph of the block that has them
+            is_alone = getattr(transformer, "_parallel_config", None) is None
+            transformer.compile_repeated_blocks(fullgraph=is_alone)
 
 
 def num_attention_layers(model: str, index: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from draftattn.eval.study import Run, Study, StudyFolder
 from draftattn.eval.video import save_video
 from draftattn.pipelines.video import disable, enable
 from draftattn.pipelines.video.stats import DraftStats
+
+_SECONDS_BETWEEN_WRITINGS = 20
 
 
 @dataclass
@@ -87,6 +90,7 @@ class _Maker:
         self.folder, self.study, self.pipe, self.device, self.listener = folder, study, pipe, device, listener
         self.keep_videos = keep_videos
         self.warmed: set[str | None] = set()
+        self.next_writing = 0.0
         # The dense frames of the latest prompt and seed, read back from disk if they were made earlier.
         self.dense_frames: tuple[Run, Tensor] | None = None
         self.arguments: dict[str, Any] = {
@@ -114,7 +118,13 @@ class _Maker:
             else:
                 self._make_draft(run, self.study.settings[run.setting])
                 self.listener.result(self.folder.row(run))
-                self.folder.write_results()
+                self._write_results()
+
+    def _write_results(self) -> None:
+        """Now and then: it reads every run there is."""
+        if time.monotonic() >= self.next_writing:
+            self.folder.write_results()
+            self.next_writing = time.monotonic() + _SECONDS_BETWEEN_WRITINGS
 
     def _warm_up(self, run: Run) -> None:
         """One untimed sparse step, or one dense step with decoding."""

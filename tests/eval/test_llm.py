@@ -17,8 +17,8 @@ from draftattn.cli.app import app
 from draftattn.errors import InputError
 from draftattn.eval import bench_llm
 from draftattn.eval.language_models import load_language_model
-from draftattn.eval.llm_gate import check_system
-from draftattn.eval.llm_specs import SystemSpec, parse_spec, parse_specs
+from draftattn.eval.llm_gate import check_system, small_call
+from draftattn.eval.llm_specs import SystemSpec, density_sweep, parse_spec, parse_specs
 from draftattn.eval.perplexity import measure_perplexity, token_losses
 from draftattn.pipelines.llm.apply import make_system
 
@@ -118,6 +118,33 @@ def test_perplexity_command(folder: Path, text: Path, tmp_path: Path) -> None:
     assert plot.read_text().startswith("<?xml")
 
 
+def test_a_sweep_holds_every_system_at_falling_densities(folder: Path, text: Path, tmp_path: Path) -> None:
+    wanted = {"draft", "xattention", "minference", "flexprefill", "moba", "infllm", "streaming"}
+    for length in (2048, 4096, 8192):
+        specs = density_sweep(length)
+        assert {spec.name for spec in specs} == wanted
+        assert len(set(specs)) == len(specs) == 24
+    with pytest.raises(InputError, match="length is 2000; a sweep of densities needs 2048"):
+        density_sweep(2000)
+    letters = tmp_path / "letters.txt"
+    letters.write_text(text.read_text() * 7)
+    output, plot = tmp_path / "sweep.json", tmp_path / "sweep.svg"
+    common = ["--model", str(folder), "--text", str(letters), "--lengths", "2048", "--dtype", "float32", "--sweep"]
+    result = run("perplexity", *common, "--output", str(output), "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text())
+    assert found["model"] == folder.name
+    by_system: dict[str, list[float]] = {}
+    for row in found["rows"]:
+        by_system.setdefault(f"{row['system']} {row['options'].get('force_first')}", []).append(row["density"])
+    for system, densities in by_system.items():
+        assert densities == sorted(densities, reverse=True), system
+        assert system == "dense None" or 0 < densities[-1] < 1, system
+    drawn = plot.read_text()
+    assert "<!-- moba (force_first) -->" in drawn
+    assert "<!-- moba -->" in drawn
+
+
 def test_generate_command(folder: Path, text: Path) -> None:
     common = ["--model", str(folder), "--prompt-file", str(text), "--max-new-tokens", "3", "--dtype", "float32"]
     dense, sparse = run("generate", *common), run("generate", *common, "--system", DRAFT)
@@ -162,6 +189,42 @@ def test_the_gate_sees_a_wrong_result(name: str, monkeypatch: pytest.MonkeyPatch
     assert [row["system"] for row in result["rows"]] == ["dense"]
 
 
+def test_moba_is_checked_where_it_leaves_chunks_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = bench_llm.AttentionShape(4, 2, 16)
+    call = bench_llm.random_call(shape, 700, torch.float32, DEVICE)
+    assert small_call(make_system("draft"), call, 100).query.shape == (1, 100, 2, 16)
+    moba = make_system("moba", chunk_size=64, top_k=3)
+    small = small_call(moba, call, 100)
+    assert small.num_keys == 5 * 64
+    monkeypatch.setattr("draftattn.eval.llm_gate.MOST_ROWS", 50)
+    assert check_system(moba, small)["green"]  # type: ignore[index]
+    other = make_system("moba", chunk_size=64, top_k=4)
+    monkeypatch.setattr(moba, "attend", other.attend)
+    assert not check_system(moba, small)["green"]  # type: ignore[index]
+
+
+def test_the_yardstick_serves_grouped_heads_where_a_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = bench_llm.random_call(bench_llm.AttentionShape(6, 2, 16), 40, torch.float32, DEVICE)
+    expected = bench_llm.dense_yardstick(call)()
+    stock = torch.nn.functional.scaled_dot_product_attention
+
+    def no_groups(*arguments: Any, enable_gqa: bool = False, **options: Any) -> Any:
+        if enable_gqa:
+            raise RuntimeError("No available kernel")
+        return stock(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_groups)
+    torch.testing.assert_close(bench_llm.dense_yardstick(call)(), expected)
+
+
+def prefill_density(options: dict[str, Any]) -> float:
+    """Of 48 tokens, without the dense steps of decoding after them."""
+    call = bench_llm.random_call(bench_llm.AttentionShape(4, 2, 16), 48, torch.float32, DEVICE)
+    density = bench_llm._density(make_system("draft", **options), call)
+    assert density is not None
+    return density
+
+
 def test_bench_command_times_a_model(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
     common = ["bench", "--lengths", "48", "--new-tokens", "2", "--system", DRAFT, "--dtype", "float32"]
@@ -170,7 +233,7 @@ def test_bench_command_times_a_model(folder: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         dense, sparse = json.loads(output.read_text())["rows"]
         assert dense["prefill_speedup"] == 1
-        assert sparse["density"] < 0.9
+        assert sparse["density"] == pytest.approx(prefill_density(sparse["options"]))
 
 
 def test_distilled_gates_serve(folder: Path, text: Path, tmp_path: Path) -> None:
