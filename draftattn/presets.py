@@ -11,7 +11,7 @@ from draftattn.layout import PUBLISHED_TILE
 
 # DraftAttention (arXiv 2505.14708): 8×16 windows, a quarter of the steps dense, and in its code the first
 # block of Wan and the first two dual-stream blocks of HunyuanVideo dense.
-_PUBLISHED = DraftConfig(selection="head", residual=False, tile=PUBLISHED_TILE, warmup=0.25)
+_PUBLISHED = DraftConfig(selection="head", residual=False, tile=PUBLISHED_TILE, warmup=0.25, growth=0.0)
 _PUBLISHED_WAN = replace(_PUBLISHED, dense_layers=(0,))
 _PUBLISHED_HUNYUAN = replace(_PUBLISHED, dense_layers=(0, 1))
 

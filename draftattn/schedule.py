@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -125,29 +126,32 @@ class SparsitySchedule:
         return cls(content.get("steps", ()), tuple(tuple(row) if isinstance(row, list) else row for row in rows))
 
 
-def growing(first: float, last: float, until: float = 0.5, ranges: int = 4) -> SparsitySchedule:
-    """Sparsity that grows in equal jumps from ``first`` at the beginning to ``last`` from the share ``until`` on.
+@functools.lru_cache(maxsize=256)
+def growing_sparsity(sparsity: float, growth: float, first_step: int, num_steps: int) -> tuple[float, ...]:
+    r"""Sparsity of the steps of a run from ``first_step`` on: growing, and ``sparsity`` in the mean.
 
-    The steps after a short warm-up are the ones that decide most; with a gentler sparsity there the warm-up can be
-    shorter.
+    An error made early is carried through all steps that follow, so that the budget does more good there. The density
+    of step :math:`i` is proportional to :math:`t_i^{-g}`, where :math:`t_i = (i + \frac12) / n` is its place in the
+    run, and at most 1.
 
     Args:
-        first: sparsity of the first steps.
-        last: sparsity from ``until`` on.
-        until: share of the run at which ``last`` is reached, in (0, 1).
-        ranges: levels of sparsity, ``last`` among them; at least 2.
+        sparsity: mean share of block pairs dropped, in [0, 1).
+        growth: the exponent :math:`g`; 0 gives every step the same.
+        first_step: steps before it are dense.
+        num_steps: steps of the run.
 
-    Raises:
-        InputError: if a value is out of range.
-
-    >>> growing(0.5, 0.9, until=0.3, ranges=3)
-    SparsitySchedule(steps=(0.15, 0.3, 1.0), sparsity=(0.5, 0.7, 0.9))
+    >>> [round(x, 2) for x in growing_sparsity(0.75, 0.6, first_step=1, num_steps=5)]
+    [0.61, 0.74, 0.8, 0.83]
     """
-    if not 0 < until < 1 or ranges < 2:
-        raise InputError(f"until is {until!r} and ranges {ranges!r}; they must be in (0, 1) and at least 2")
-    ends = [round(until * i / (ranges - 1), 6) for i in range(1, ranges)]
-    shares = [round(first + (last - first) * i / (ranges - 1), 6) for i in range(ranges)]
-    return SparsitySchedule((*ends, 1.0), tuple(shares))
+    weights = [((step + 0.5) / num_steps) ** -growth for step in range(first_step, num_steps)]
+    budget, remaining = (1 - sparsity) * len(weights), sum(weights)
+    found = []
+    # weights fall, so what a dense step leaves over goes to those after it
+    for weight in weights:
+        density = min(1.0, budget * weight / remaining)
+        budget, remaining = budget - density, remaining - weight
+        found.append(1 - density)
+    return tuple(found)
 
 
 def _as_numbers(name: str, values: Any) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ import torch
 
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
-from draftattn.eval.contest_calls import CapturedCall, capture_calls, match_density, seconds_of
+from draftattn.eval.contest_calls import CapturedCall, capture_calls, match_density, mean_density, seconds_of
 from draftattn.eval.contest_tables import at_equal_time
 from draftattn.eval.recall import mean_figures
 from draftattn.eval.recall_probe import probe_run
@@ -93,14 +93,15 @@ class _Entry:
     target: float
     warmup: float
     config: DraftConfig
+    density: float
     setting: str = field(init=False)
     alike: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.setting = setting_name(self.config)
-        # only a policy that watches dense steps can tell how many there were
-        watches = isinstance(make_policy(self.config), ObservingPolicy)
-        self.alike = self.setting if watches else setting_name(replace(self.config, warmup=0))
+        # only a policy that watches dense steps, and a sparsity that grows after them, tell how many there were
+        tells = isinstance(make_policy(self.config), ObservingPolicy) or self.config.growth > 0
+        self.alike = self.setting if tells else setting_name(replace(self.config, warmup=0))
 
 
 def measure_contest(
@@ -140,9 +141,9 @@ def measure_contest(
     if contest.time_size is not None:
         large = functools.cache(lambda: _captured(contest, pipe(), contest.large_size, listener))
         at_large = {
-            name: match_density(config, measured["recall"][name]["density"], large())
-            for name, config in settings.items()
-            if name not in measured["large_seconds"]
+            entry.alike: match_density(entry.config, entry.density, large())
+            for entry in entries
+            if entry.alike not in measured["large_seconds"]
         }
         _times(contest, at_large, measured, "large_seconds", large, device, listener)
         large.cache_clear()
@@ -224,11 +225,16 @@ def _matched(
             if key not in measured["parameters"]:
                 listener.phase(f"matching {name} to density {target:g}")
                 config = match_density(base, target, calls())
-                measured["parameters"][key] = {"sparsity": config.sparsity, "policy": policy_text(config.policy)}
+                measured["parameters"][key] = {
+                    "sparsity": config.sparsity,
+                    "policy": policy_text(config.policy),
+                    "density": round(mean_density(config, calls()), 5),
+                }
                 measured.save()
             found = measured["parameters"][key]
             config = replace(base, sparsity=found["sparsity"], policy=read_policy(found["policy"]))
-            entries += [_Entry(name, target, warmup, replace(config, warmup=warmup)) for warmup in contest.warmups]
+            made = [replace(config, warmup=warmup) for warmup in contest.warmups]
+            entries += [_Entry(name, target, each.warmup, each, found["density"]) for each in made]
     return entries
 
 

@@ -112,8 +112,8 @@ def match_density(config: DraftConfig, density: float, calls: Sequence[CapturedC
 
 
 def mean_density(config: DraftConfig, calls: Sequence[CapturedCall]) -> float:
-    """Mean density of the masks of captured calls."""
-    policy = make_policy(config)
+    """Mean density of the masks of captured calls, each made at the mean sparsity of a run."""
+    policy = make_policy(replace(config, growth=0.0))
     found = [policy(call.fresh(config), call.context, call.scale).density for call in calls]
     return float(torch.stack(found).mean())
 

@@ -34,41 +34,46 @@ def plot_llm(result: dict[str, Any], path: Path) -> None:
     rows = [row for row in result["rows"] if row["system"] != DENSE]
     if not rows:
         raise InputError("the results hold no system's figures; there is nothing to draw")
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    by_length: dict[int, list[dict[str, Any]]] = {}
     if "kind" not in result:
-        _perplexity(axis, rows)
-        axis.set_title(f"{result['model']} on {result['text']}", fontsize=9)
+        for row in rows:
+            if row["density"] is not None:
+                by_length.setdefault(row["length"], []).append(row)
+        if not by_length:
+            raise InputError("the results hold no system's density; there is nothing to draw")
+    panels = max(1, len(by_length))
+    figure = Figure(figsize=(1.6 + 4.8 * panels, 4.4), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis, (length, points) in zip(axes, by_length.items(), strict=False):
+        _perplexity(axis, points)
+        axis.set_title(f"{result['model']} on {result['text']}, {length:,} tokens", fontsize=8)
+    if by_length:
+        axes[0].set_ylabel("perplexity / dense perplexity")
     else:
         attention = result["kind"] == "attention"
-        _speed(axis, rows, "speedup" if attention else "prefill_speedup")
+        _speed(axes[0], rows, "speedup" if attention else "prefill_speedup")
         what = "prefill attention" if attention else f"prefill of {result['model']}"
-        axis.set_title(f"{what}, {result['dtype']}, {result['device']}", fontsize=9)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, frameon=False)
+        axes[0].set_title(f"{what}, {result['dtype']}, {result['device']}", fontsize=9)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=7, frameon=False)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=160)
 
 
 def _perplexity(axis: Any, rows: list[dict[str, Any]]) -> None:
-    rows = [row for row in rows if row["density"] is not None]
-    lengths = sorted({row["length"] for row in rows})
-
     def name(row: dict[str, Any]) -> str:
         # numbers are what the density follows from; switches make another system
         switches = ", ".join(option for option, value in row["options"].items() if value is True)
         return f"{row['system']} ({switches})" if switches else row["system"]
 
-    _draw(
-        axis,
-        rows,
-        lambda row: f"{name(row)}, {row['length']} tokens" if len(lengths) > 1 else name(row),
-        lambda row: (row["density"], row["against_dense"]),
-    )
+    _draw(axis, rows, name, lambda row: (row["density"], row["against_dense"]))
     axis.axhline(1, color="#555555", linewidth=0.8)
+    axis.set_yscale("log")  # the worst would press the others flat
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which(lambda value, _: f"{value:.3g}×")
     axis.set_xlabel("density: share of causal pairs computed")
-    axis.set_ylabel("perplexity / dense perplexity")
 
 
 def _speed(axis: Any, rows: list[dict[str, Any]], figure: str) -> None:

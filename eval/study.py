@@ -34,6 +34,7 @@ _SUBFOLDERS = ("runs", "frames", "videos")
 _GROWING = ("prompts", "seeds", "settings")
 # what folders have that were made before it was noted
 NOTED_LATER = {"compiled": False}
+_SETTINGS_NOTED_LATER = {"growth": 0.0}
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _merged(path: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     old = {**NOTED_LATER, **old}
+    old["settings"] = [{**_SETTINGS_NOTED_LATER, **setting} for setting in old["settings"]]
     differing = [key for key in new if key not in _GROWING and old.get(key) != new[key]]
     if differing:
         was = ", ".join(f"{key} {_shown(old.get(key), new[key])}" for key in differing)

@@ -39,8 +39,8 @@ def policies(
         typer.Option(
             help="Contenders, by commas; all are compared at the times of the first one. 'published' is draft "
             "attention as in its paper, 'draft' the default, others are as published. After a name: +residual, "
-            "+plain (without it), +frame or +space-time (tiles), +tokens (blocks scored by all their keys). "
-            "Default: all.",
+            "+plain (without it), +frame or +space-time (tiles), +tokens (blocks scored by all their keys), "
+            "+growth=0 (the same sparsity in all steps). Default: all.",
             rich_help_panel=CONTEST_PANEL,
         ),
     ] = None,

@@ -50,6 +50,7 @@ def compare(
     preset: grid.Presets = None,
     sparsity: grid.Sparsities = None,
     warmup: grid.Warmups = None,
+    growth: grid.Growths = None,
     selection: grid.Selections = None,
     residual: grid.Residuals = None,
     tile: grid.Tiles = None,
@@ -85,6 +86,7 @@ def compare(
         means,
         draft_keys,
         dense_backend,
+        growth,
     )
     prompts = grid.read_prompts(prompt, prompt_file, vbench, max_prompts)
     processes = join_processes(options.default_device())

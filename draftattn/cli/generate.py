@@ -65,6 +65,7 @@ def generate(
     backend: options.Backend = None,
     dense_backend: options.DenseBackend = None,
     policy: options.Policy = None,
+    growth: options.Growth = None,
     schedule: options.Schedule = None,
 ) -> None:
     """Generate videos with draft attention.
@@ -73,7 +74,18 @@ def generate(
     of them make each video together.
     """
     config = options.draft_config(
-        preset, sparsity, warmup, selection, residual, tile, dense_layers, backend, policy, schedule, dense_backend
+        preset,
+        sparsity,
+        warmup,
+        selection,
+        residual,
+        tile,
+        dense_layers,
+        backend,
+        policy,
+        schedule,
+        dense_backend,
+        growth,
     )
     processes = join_processes(options.default_device())
     device, together = processes.device, context_parallel is options.ContextParallel.ulysses

@@ -46,6 +46,15 @@ Warmups = Annotated[
         "--warmup", help="Leading dense steps: shares (0.25) or numbers (5). Default 0.25.", rich_help_panel=GRID_PANEL
     ),
 ]
+Growths = Annotated[
+    str | None,
+    typer.Option(
+        "--growth",
+        help="How fast sparsity grows over the sparse steps, --sparsity being the mean; 0: not at all. Default "
+        f"{DraftConfig().growth:g}.",
+        rich_help_panel=GRID_PANEL,
+    ),
+]
 Selections = Annotated[
     str | None, typer.Option("--selection", help="row, head. Default row.", rich_help_panel=GRID_PANEL)
 ]
@@ -156,6 +165,7 @@ def read_settings(
     means: str | None = None,
     draft_keys: str | None = None,
     dense_backend: str | None = None,
+    growth: str | None = None,
 ) -> dict[str, DraftConfig]:
     """Every combination of the values given, by name; what is not given is the preset's or the default.
 
@@ -168,6 +178,7 @@ def read_settings(
     given: dict[str, tuple[str | None, Callable[[str], Any]]] = {
         "sparsity": (sparsity, lambda text: _number("sparsity", text)),
         "warmup": (warmup, options.read_warmup),
+        "growth": (growth, lambda text: _number("growth", text)),
         "selection": (selection, str),
         "residual": (residual, _read_residual),
         "tile": (tile, options.read_tile),

@@ -87,6 +87,15 @@ Policy = Annotated[
     ),
 ]
 
+Growth = Annotated[
+    float | None,
+    typer.Option(
+        help="How fast sparsity grows over the sparse steps, --sparsity being the mean; 0: not at all. Default "
+        f"{DraftConfig().growth:g}.",
+        rich_help_panel=DRAFT_PANEL,
+    ),
+]
+
 Schedule = Annotated[
     str | None,
     typer.Option(
@@ -184,6 +193,7 @@ def draft_config(
     policy: str | None = None,
     schedule: str | None = None,
     dense_backend: str | None = None,
+    growth: float | None = None,
 ) -> DraftConfig:
     """The settings that the options describe: those given replace the preset's.
 
@@ -201,6 +211,7 @@ def draft_config(
         "dense_backend": dense_backend,
         "policy": None if policy is None else read_policy(policy),
         "schedule": schedule,
+        "growth": growth,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     return replace(DraftConfig() if preset_name is None else preset(preset_name), **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from draftattn import DraftConfig, InputError, TokenGrid, block_layout
 from draftattn.inputs import AttentionInputs
 from draftattn.policies import make_policy
 from draftattn.policy import CallContext
-from draftattn.schedule import SparsitySchedule, growing
+from draftattn.schedule import SparsitySchedule, growing_sparsity
 
 TWO_RANGES = SparsitySchedule(steps=(0.3, 1.0), sparsity=(0.5, (0.9, 0.25)))
 
@@ -82,8 +83,30 @@ def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
         SparsitySchedule.load(tmp_path / "none.json")
 
 
-def test_growing_begins_and_ends_where_asked() -> None:
-    schedule = growing(0.4, 0.9, until=0.5, ranges=3)
-    assert [schedule.at(0, step, 8) for step in range(8)] == [0.4, 0.4, 0.65, 0.65, 0.9, 0.9, 0.9, 0.9]
-    with pytest.raises(InputError, match="until is 1"):
-        growing(0.4, 0.9, until=1)
+class TestGrowing:
+    @pytest.mark.parametrize("growth", [0.0, 0.3, 0.6, 2.0])
+    @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75, 0.95])
+    @pytest.mark.parametrize(("first", "steps"), [(0, 1), (0, 20), (13, 50), (19, 20)])
+    def test_its_mean_is_the_sparsity_and_it_never_falls(
+        self, growth: float, sparsity: float, first: int, steps: int
+    ) -> None:
+        found = growing_sparsity(sparsity, growth, first, steps)
+        assert len(found) == steps - first
+        assert sum(found) / len(found) == pytest.approx(sparsity, abs=1e-12)
+        assert all(0 <= x < 1 for x in found)
+        assert all(second >= early - 1e-12 for early, second in pairwise(found))
+
+    def test_densities_follow_the_power_where_none_is_dense(self) -> None:
+        found = growing_sparsity(0.9, 0.5, 4, 16)
+        assert (1 - found[0]) / (1 - found[-1]) == pytest.approx((15.5 / 4.5) ** 0.5)
+        assert growing_sparsity(0.6, 2, 0, 20)[0] == 0
+
+    def test_a_config_grows_only_where_the_step_is_known(self) -> None:
+        config = DraftConfig(sparsity=0.8, warmup=2, growth=1)
+        found = [config.sparsity_at(0, step, 10) for step in range(2, 10)]
+        assert found == list(growing_sparsity(0.8, 1, 2, 10))
+        assert config.sparsity_at(3, None, None) == 0.8
+        assert config.sparsity_at(0, 1, 10) == 0.8
+        assert DraftConfig(sparsity=0.8, growth=0).sparsity_at(0, 19, 20) == pytest.approx(0.8)
+        with pytest.raises(InputError, match=r"growth is 2.5; it must be in \[0, 2\]"):
+            DraftConfig(growth=2.5)

