@@ -129,8 +129,15 @@ class StudyFolder:
         self.content = content
 
     @classmethod
-    def open(cls, path: Path, study: Study, device: torch.device) -> StudyFolder:
+    def open(cls, path: Path, study: Study, device: torch.device, *, first: bool = True) -> StudyFolder:
         """Makes the folder, or takes up the study in it and adds prompts, seeds and settings that are new.
+
+        Args:
+            path: the folder.
+            study: what it is to hold.
+            device: where its videos are made.
+            first: of several processes that open it for the same study, whether this one comes before all others;
+                they take what it left.
 
         Raises:
             InputError: if the folder cannot be written or holds a study of something else; names what differs.
@@ -141,6 +148,8 @@ class StudyFolder:
             content = _merged(path, _read_json(file), content)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"study folder {str(path)!r} holds something else; give a new or empty folder")
+        if not first:
+            return cls(path, content)
         try:
             for name in _SUBFOLDERS:
                 (path / name).mkdir(parents=True, exist_ok=True)

@@ -174,7 +174,7 @@ def policies(
         )
         with processes.main_first():
             complete = measure_contest(contest, output, load, device, listener)
-            folder = StudyFolder.open(output / "study", complete, device)
+            folder = StudyFolder.open(output / "study", complete, device, first=processes.is_main)
         run_study(folder, complete, load, device, listener, keep_videos=keep_videos, mine=mine)
         processes.wait()
     if not processes.is_main:

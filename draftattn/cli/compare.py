@@ -120,13 +120,8 @@ def compare(
     if image is not None:
         loading.read_image(image, None, None)
     check_writable(output / "study.json")
-    # the first process makes the folder, and all have it open before anything is written into it
-    if not processes.is_main:
-        processes.wait()
-    folder = StudyFolder.open(output, study, device)
-    if processes.is_main:
-        processes.wait()
-    processes.wait()
+    with processes.main_first():
+        folder = StudyFolder.open(output, study, device, first=processes.is_main)
 
     def mine(run: Run) -> bool:
         return (run.seed * len(folder.content["prompts"]) + run.prompt) % processes.count == processes.index
