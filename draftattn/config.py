@@ -19,6 +19,8 @@ from draftattn.schedule import SparsitySchedule, growing_sparsity
 Selection = Literal["row", "head"]
 DraftKeys = Literal["means", "tokens"]
 
+_LEAST_USEFUL_SPARSITY = 0.2  # HunyuanVideo at 720p breaks even at 0.25
+
 
 @dataclass(frozen=True)
 class DraftConfig:
@@ -30,7 +32,8 @@ class DraftConfig:
             int a number of steps. 0 makes every step sparse.
         growth: how fast sparsity grows over the sparse steps: a step's density is proportional to its place in the run
             to the power of ``-growth``, and ``sparsity`` is the mean (`draftattn.schedule.growing_sparsity`). 0 gives
-            every step the same, as published. Where the step is not known, sparsity does not grow.
+            every step the same, as published. Where the step is not known, sparsity does not grow. Steps that are left
+            with less than 0.2 are dense.
         selection: how blocks are chosen from the draft map. ``"row"`` keeps the same number for every query block,
             its own among them; ``"head"`` is the published rule, one threshold over the flattened map of a head,
             under which a query block may keep many or none.
@@ -138,6 +141,16 @@ class DraftConfig:
         if step < first:  # a policy may look at dense steps too
             return self.sparsity
         return growing_sparsity(self.sparsity, self.growth, first, num_steps)[step - first]
+
+    def is_hardly_sparse(self, layer: int, step: int | None, num_steps: int | None) -> bool:
+        """Whether growth or the schedule leave so little sparsity that dense attention is as fast, and exact.
+
+        >>> config = DraftConfig(sparsity=0.5, warmup=0)
+        >>> [step for step in range(20) if config.is_hardly_sparse(0, step, 20)]
+        [0, 1, 2]
+        """
+        sparsity = self.sparsity_at(layer, step, num_steps)
+        return sparsity < _LEAST_USEFUL_SPARSITY and (self.schedule is not None or sparsity < self.sparsity)
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Leading dense steps of a run of ``num_steps``."""

@@ -75,7 +75,7 @@ def _styles(contenders: list[str]) -> dict[str, dict[str, Any]]:
         else:
             style = {"color": OTHERS[others % len(OTHERS)], "marker": MARKS[others % len(MARKS)], "linewidth": 1.3}
             others += 1
-        # the same policy with and without the residual
+        # a policy with something changed
         styles[name] = {**style, "linestyle": (0, (1, 1)) if "+" in name else "-"}
     return styles
 
@@ -86,8 +86,16 @@ def _draw(axis: Any, rows: list[dict[str, Any]], metric: str, time: str, styles:
         points = [(1e3 * row[time], row[metric]) for row in own if row[metric] is not None]
         if points:
             axis.plot(*zip(*points, strict=True), label=name, markersize=5, zorder=3 if name == "draft" else 2, **style)
+    from matplotlib.ticker import NullLocator
+
     about = METRICS[metric]  # type: ignore[index]
     axis.set_xscale("log")
+    times = [1e3 * row[time] for row in rows]
+    steps = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)]
+    steps = [step for step in steps if min(times) / 2 <= step <= max(times) * 2]
+    axis.set_xticks(steps, [f"{step:g}" for step in steps])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(min(times) / 1.2, max(times) * 1.2)
     better = "higher" if about.higher_is_better else "lower"
     axis.set_ylabel(f"{f'{about.title} {about.unit}'.strip()}, {better} is better")
     axis.spines[["top", "right"]].set_visible(False)

@@ -23,6 +23,7 @@ from draftattn.pipelines.video.parallel import check_parallelism, exchange_heads
 from draftattn.pipelines.video.stats import StatsRecorder, Stopwatch, named_range
 from draftattn.pipelines.video.steps import StepClock, StepInfo
 from draftattn.policies import make_policy
+from draftattn.policies.draft import DraftPolicy
 from draftattn.policy import CallContext, MaskPolicy, ObservingPolicy
 
 
@@ -206,7 +207,7 @@ class TransformerSession:
         layout = self.layout(query.device, query.shape[1] - self._grid.num_tokens)
         inputs = AttentionInputs(query, key, value, layout, self._text.lengths)
         context = CallContext(layer, info.step, info.num_steps, info.branch, info.run)
-        if not self._sparse_step or layer in self._dense_layers:
+        if not self._sparse_step or layer in self._dense_layers or self._is_hardly_sparse(layer):
             self._recorder.record(self.name, info.step, info.branch, layer)
             if isinstance(self.policy, ObservingPolicy) and layer not in self._dense_layers:
                 self.policy.observe(inputs, context, scale)
@@ -220,6 +221,12 @@ class TransformerSession:
         self._recorder.record(self.name, info.step, info.branch, layer, mask.density, watch)
         with named_range("draftattn.attention"):
             return attend(inputs, mask, self.config, scale=scale)
+
+    def _is_hardly_sparse(self, layer: int) -> bool:
+        # other policies may not ask the config for the sparsity
+        if not isinstance(self.policy, DraftPolicy):
+            return False
+        return self.config.is_hardly_sparse(layer, self._step.step, self._step.num_steps)
 
     def _mask_of_keys(self, query: Tensor) -> Tensor | None:
         """bool ``[B, 1, 1, S]``: the valid tokens of each item; None where all are valid."""
