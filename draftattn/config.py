@@ -54,7 +54,7 @@ class DraftConfig:
         dense_backend: the kernel of warm-up steps and dense layers (`draftattn.kernels.dense.fastest_dense`);
             ``"torch"`` leaves them to the model's own. A backend set on the model with ``set_attention_backend`` wins.
         policy: how block pairs are chosen: a name of `draftattn.policies.POLICY_NAMES`, or that policy's own settings.
-            ``selection`` belongs to ``"draft"``; the other fields hold for every policy.
+            ``selection`` and ``growth`` belong to ``"draft"``; the other fields hold for every policy.
         schedule: sparsity by layer and by step, in place of ``sparsity`` and ``growth``, for the policy ``"draft"``: a
             `draftattn.schedule.SparsitySchedule`, or the path of a file that ``draftattn calibrate`` wrote.
 
@@ -128,14 +128,14 @@ class DraftConfig:
 
         >>> config = DraftConfig(sparsity=0.75, warmup=0.25)
         >>> [round(config.sparsity_at(0, step, 20), 3) for step in (5, 12, 19)]
-        [0.63, 0.773, 0.825]
+        [0.618, 0.766, 0.821]
 
         >>> DraftConfig(schedule=SparsitySchedule(steps=(0.5, 1.0), sparsity=(0.5, 0.9))).sparsity_at(0, 15, 20)
         0.9
         """
         if isinstance(self.schedule, SparsitySchedule):
             return self.schedule.at(layer, step, num_steps)
-        if step is None or num_steps is None:
+        if self.policy != "draft" or step is None or num_steps is None:
             return self.sparsity
         first = self.num_warmup_steps(num_steps)
         if step < first:  # a policy may look at dense steps too

@@ -141,7 +141,7 @@ def growing_sparsity(sparsity: float, growth: float, first_step: int, num_steps:
         num_steps: steps of the run.
 
     >>> [round(x, 2) for x in growing_sparsity(0.75, 0.6, first_step=1, num_steps=5)]
-    [0.61, 0.74, 0.8, 0.83]
+    [0.65, 0.74, 0.79, 0.82]
     """
     weights = [((step + 0.5) / num_steps) ** -growth for step in range(first_step, num_steps)]
     budget, remaining = (1 - sparsity) * len(weights), sum(weights)

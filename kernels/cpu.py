@@ -104,6 +104,7 @@ def attention_forward(
                     blind = None if blind is None else blind.repeat(1, together)
                 ids = columns.ids(item, head, block).flatten()
                 k, v = (x.view(len(block), -1, head_dim) for x in gather(keys, values, ids))
+                k, v = (x[:, : x.shape[1] - columns.mean_padding] for x in (k, v))
                 q = queries.index_select(0, block).flatten(1, 2)
                 if return_lse:
                     block_out, block_lse = _attend_with_lse(q, k, v, bias, scale)
@@ -155,6 +156,8 @@ class _Columns:
         self.whole: Tensor | None = None
         self.num_key_blocks, longest = key_blocks.token.shape[1:]
         self.num_mean_blocks = -(-self.num_key_blocks // longest) if residual else 0
+        # columns at the end that hold nothing
+        self.mean_padding = self.num_mean_blocks * longest - self.num_key_blocks if residual else 0
         self.heads_per_mask = heads // block_mask.kv_num_blocks.shape[1]
         self.key_ids = block_mask.kv_indices.expand(batch, -1, -1, -1)
         self.counts = block_mask.kv_num_blocks.expand(batch, -1, -1)
@@ -257,8 +260,7 @@ class _Columns:
                 skipped = skipped & (self.key_ends[item] <= position + 1)
             # the logarithm of 0 drops empty blocks
             mean_bias = torch.where(skipped, self.log_counts[item].to(dtype), -torch.inf)
-            padding = self.num_mean_blocks * self.key_blocks.token.shape[2] - self.num_key_blocks
-            bias = torch.cat([bias, F.pad(mean_bias, (0, padding), value=-torch.inf)], dim=-1)
+            bias = torch.cat([bias, mean_bias], dim=-1)
         blind = (bias == -torch.inf).all(-1)
         if not bool(blind.any()):
             return bias, None

@@ -21,10 +21,9 @@ class _TextMask(NamedTuple):
     is_prefix: bool
 
 
-class HunyuanVideoAdapter(VideoAdapter):
-    """Joint attention over video tokens followed by text tokens; dual-stream blocks first, then single-stream."""
+class JointAttentionAdapter(VideoAdapter):
+    """What the HunyuanVideo families share: attention over video tokens followed by those of the conditions."""
 
-    transformer_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
     has_text_tokens: ClassVar[bool] = True
     token_sites: ClassVar[tuple[TokenSite, ...]] = (
         TokenSite("x_embedder", dims=(1,)),
@@ -32,15 +31,21 @@ class HunyuanVideoAdapter(VideoAdapter):
         TokenSite("proj_out", dims=(1,), restores=True),
     )
 
-    def __init__(self) -> None:
-        # A pipeline passes the same mask tensors in every step; reading one costs a host sync.
-        self._seen: deque[_TextMask] = deque(maxlen=4)
-
     def token_grid(self, transformer: Any, arguments: dict[str, Any]) -> TokenGrid:
         """See `VideoAdapter`."""
         _, _, frames, height, width = arguments["hidden_states"].shape
         patch, patch_frames = transformer.config.patch_size, transformer.config.patch_size_t
         return TokenGrid(frames // patch_frames, height // patch, width // patch)
+
+
+class HunyuanVideoAdapter(JointAttentionAdapter):
+    """Joint attention over video tokens followed by text tokens; dual-stream blocks first, then single-stream."""
+
+    transformer_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
+
+    def __init__(self) -> None:
+        # A pipeline passes the same mask tensors in every step; reading one costs a host sync.
+        self._seen: deque[_TextMask] = deque(maxlen=4)
 
     def attention_layers(self, transformer: Any) -> Sequence[nn.Module]:
         """See `VideoAdapter`."""

@@ -10,8 +10,8 @@ import torch
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch import Tensor, nn
 
-from draftattn.layout import TokenGrid
-from draftattn.pipelines.video.adapter import TextTokens, TokenSite, VideoAdapter
+from draftattn.pipelines.video.adapter import TextTokens
+from draftattn.pipelines.video.hunyuan_video import JointAttentionAdapter
 
 
 class _Conditions(NamedTuple):
@@ -34,7 +34,7 @@ class _Conditions(NamedTuple):
     is_full: bool
 
 
-class HunyuanVideo15Adapter(VideoAdapter):
+class HunyuanVideo15Adapter(JointAttentionAdapter):
     """Joint attention over video tokens followed by image, glyph and text tokens; dual-stream blocks only.
 
     The model orders each item's conditions itself, valid ones first. Its attention processor would build a mask of
@@ -42,22 +42,10 @@ class HunyuanVideo15Adapter(VideoAdapter):
     """
 
     transformer_classes: ClassVar[tuple[str, ...]] = ("HunyuanVideo15Transformer3DModel",)
-    has_text_tokens: ClassVar[bool] = True
-    token_sites: ClassVar[tuple[TokenSite, ...]] = (
-        TokenSite("x_embedder", dims=(1,)),
-        TokenSite("rope", dims=(0,)),
-        TokenSite("proj_out", dims=(1,), restores=True),
-    )
 
     def __init__(self) -> None:
         # A pipeline passes the same tensors in every step; reading them costs a host sync.
         self._seen: deque[_Conditions] = deque(maxlen=4)
-
-    def token_grid(self, transformer: Any, arguments: dict[str, Any]) -> TokenGrid:
-        """See `VideoAdapter`."""
-        _, _, frames, height, width = arguments["hidden_states"].shape
-        patch, patch_frames = transformer.config.patch_size, transformer.config.patch_size_t
-        return TokenGrid(frames // patch_frames, height // patch, width // patch)
 
     def attention_layers(self, transformer: Any) -> Sequence[nn.Module]:
         """See `VideoAdapter`."""

@@ -26,6 +26,7 @@ def test_published_presets_carry_the_settings_of_the_paper(
     assert preset(name) == DraftConfig(
         sparsity=sparsity,
         warmup=0.25,
+        growth=0.0,
         selection="head",
         residual=False,
         tile=(1, 8, 16),
