@@ -13,7 +13,7 @@ from draftattn.errors import InputError
 from draftattn.kernels.backends import BackendName
 from draftattn.kernels.dense import DenseBackend
 from draftattn.layout import MAX_BLOCK_SIZE, TileRule, validate_rule, validate_tile
-from draftattn.policies import POLICY_NAMES, PolicyConfig
+from draftattn.policies import POLICY_NAMES, PolicyConfig, policy_settings
 from draftattn.schedule import SparsitySchedule, growing_sparsity
 
 Selection = Literal["row", "head"]
@@ -55,8 +55,9 @@ class DraftConfig:
             ``"torch"`` leaves them to the model's own. A backend set on the model with ``set_attention_backend`` wins.
         policy: how block pairs are chosen: a name of `draftattn.policies.POLICY_NAMES`, or that policy's own settings.
             ``selection`` and ``growth`` belong to ``"draft"``; the other fields hold for every policy.
-        schedule: sparsity by layer and by step, in place of ``sparsity`` and ``growth``, for the policy ``"draft"``: a
-            `draftattn.schedule.SparsitySchedule`, or the path of a file that ``draftattn calibrate`` wrote.
+        schedule: sparsity by layer and by step, in place of ``sparsity`` and ``growth``: a
+            `draftattn.schedule.SparsitySchedule`, or the path of a file that ``draftattn calibrate`` wrote. Not for
+            policies that keep a share of the mass, such as ``"xattention"``, whose density nothing sets beforehand.
 
     Raises:
         InputError: if a value is out of range; the message names it and what is allowed.
@@ -120,8 +121,13 @@ class DraftConfig:
             object.__setattr__(self, "schedule", SparsitySchedule.load(self.schedule))
         elif not isinstance(self.schedule, (SparsitySchedule, type(None))):
             raise InputError(f"schedule is {self.schedule!r}; give a SparsitySchedule or the path of its file")
-        if self.schedule is not None and self.policy != "draft":
-            raise InputError(f"policy is {self.policy!r} with a schedule; a schedule is for the policy 'draft'")
+        if self.schedule is not None:
+            settings = policy_settings(self.policy) if isinstance(self.policy, str) else self.policy
+            if settings is not None and settings.matched_by != "sparsity":
+                raise InputError(
+                    f"policy is {settings.name!r} with a schedule; its density follows from its {settings.matched_by}, "
+                    "which no schedule of sparsity changes"
+                )
 
     def sparsity_at(self, layer: int, step: int | None, num_steps: int | None) -> float:
         """Share of video block pairs dropped in one layer at one denoising step.

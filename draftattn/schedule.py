@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
@@ -84,15 +85,16 @@ class SparsitySchedule:
             raise InputError(f"the schedule names {len(row)} attention layers; the model has a layer {layer}")
         return row[layer]
 
-    def mean(self, num_steps: int = 1000) -> float:
-        """Mean sparsity of a run over steps and layers.
+    def mean(self, num_steps: int = 1000, first_step: int = 0) -> float:
+        """Mean sparsity over layers and the steps of a run from ``first_step`` on.
 
-        >>> SparsitySchedule(steps=(0.5, 1.0), sparsity=(0.5, (0.9, 0.8))).mean()
-        0.675
+        >>> schedule = SparsitySchedule(steps=(0.5, 1.0), sparsity=(0.5, (0.9, 0.8)))
+        >>> schedule.mean(), schedule.mean(num_steps=10, first_step=5)
+        (0.675, 0.85)
         """
-        layers = range(self.num_layers or 1)
-        total = sum(self.at(layer, step, num_steps) for layer in layers for step in range(num_steps))
-        return round(total / (len(layers) * num_steps), 9)
+        layers, steps = range(self.num_layers or 1), range(first_step, num_steps)
+        total = sum(self.at(layer, step, num_steps) for layer in layers for step in steps)
+        return round(total / (len(layers) * len(steps)), 9)
 
     def save(self, path: str | Path, made: dict[str, Any] | None = None) -> None:
         """Writes a JSON file, whole or not at all.
@@ -102,10 +104,17 @@ class SparsitySchedule:
             made: how the schedule came about, kept beside it; anything JSON can hold.
         """
         check_writable(Path(path))
-        rows = [list(row) if isinstance(row, tuple) else row for row in self.sparsity]
-        content = {"format": _FORMAT, "steps": list(self.steps), "sparsity": rows, "made": made or {}}
+        rows = ",\n    ".join(json.dumps(row) for row in self.sparsity)
+        origin = json.dumps(made or {}, indent=2, allow_nan=False, ensure_ascii=False).replace("\n", "\n  ")
+        # a line for each range
+        lines = (
+            f'"format": {json.dumps(_FORMAT)}',
+            f'"steps": {json.dumps(self.steps)}',
+            f'"sparsity": [\n    {rows}\n  ]',
+            f'"made": {origin}',
+        )
         with written_whole(Path(path)) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+            temporary.write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> SparsitySchedule:
@@ -143,15 +152,48 @@ def growing_sparsity(sparsity: float, growth: float, first_step: int, num_steps:
     >>> [round(x, 2) for x in growing_sparsity(0.75, 0.6, first_step=1, num_steps=5)]
     [0.65, 0.74, 0.79, 0.82]
     """
-    weights = [((step + 0.5) / num_steps) ** -growth for step in range(first_step, num_steps)]
-    budget, remaining = (1 - sparsity) * len(weights), sum(weights)
-    found = []
-    # weights fall, so what a dense step leaves over goes to those after it
-    for weight in weights:
-        density = min(1.0, budget * weight / remaining)
-        budget, remaining = budget - density, remaining - weight
-        found.append(1 - density)
-    return tuple(found)
+    return tuple(1 - density for density in _densities(_step_weights(growth, first_step, num_steps), 1 - sparsity))
+
+
+def growing_schedule(
+    sparsity: float, growth: float, first_step: int, num_steps: int, layers: Sequence[float] = ()
+) -> SparsitySchedule:
+    r"""A schedule whose sparsity grows over the steps as `growing_sparsity` and differs from layer to layer.
+
+    The density of layer :math:`l` at step :math:`i` is proportional to :math:`a_l t_i^{-g}` and at most 1, and
+    ``sparsity`` is the mean from ``first_step`` on. Shares are rounded to four digits.
+
+    Args:
+        sparsity: mean share of block pairs dropped, in [0, 1).
+        growth: the exponent :math:`g`.
+        first_step: steps before it are dense; a run with a shorter warm-up treats them as it.
+        num_steps: steps of the run; each gets its own sparsity.
+        layers: the weight :math:`a_l` of every layer, positive; none treats all layers alike.
+
+    >>> growing_schedule(0.75, 0.6, first_step=2, num_steps=4, layers=(2, 1)).sparsity
+    ((0.6331, 0.8166), (0.7002, 0.8501))
+    """
+    of_steps, of_layers = _step_weights(growth, first_step, num_steps), layers or (1.0,)
+    densities = _densities([of_step * of_layer for of_step in of_steps for of_layer in of_layers], 1 - sparsity)
+    shares = [min(round(1 - density, 4), 0.9999) for density in densities]
+    rows = [tuple(shares[i : i + len(of_layers)]) for i in range(0, len(shares), len(of_layers))]
+    ends = tuple((step + 1) / num_steps for step in range(first_step, num_steps))
+    return SparsitySchedule(ends, tuple(rows) if layers else tuple(row[0] for row in rows))
+
+
+def _step_weights(growth: float, first_step: int, num_steps: int) -> list[float]:
+    return [((step + 0.5) / num_steps) ** -growth for step in range(first_step, num_steps)]
+
+
+def _densities(weights: Sequence[float], mean: float) -> list[float]:
+    """Densities proportional to weights, at most 1 and ``mean`` in the mean."""
+    budget, remaining = mean * len(weights), sum(weights)
+    found = [0.0] * len(weights)
+    # from the largest, so that what a dense one leaves over goes to those after it
+    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        found[i] = min(1.0, budget * weights[i] / remaining)
+        budget, remaining = budget - found[i], remaining - weights[i]
+    return found
 
 
 def _as_numbers(name: str, values: Any) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Finding the sparsity of every layer and range of steps that meets a target of speed or of quality."""
+"""Finding the sparsity of every layer and step that meets a target of speed or of quality."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -15,11 +16,12 @@ from draftattn.errors import InputError
 from draftattn.eval.frames import to_bytes
 from draftattn.eval.generation import Generation, generate
 from draftattn.eval.metrics.psnr import psnr
-from draftattn.eval.sensitivity import LEVELS, Sensitivity, allocate, measure_sensitivity
+from draftattn.eval.sensitivity import Sensitivity, layer_weights, measure_sensitivity
 from draftattn.pipelines.video import enable
-from draftattn.schedule import SparsitySchedule
+from draftattn.schedule import SparsitySchedule, growing_schedule
 
 _MOST_TRIALS = 5
+_LEAST_DENSITY = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,23 +57,25 @@ class Target:
         return cls(kind, value)  # type: ignore[arg-type]
 
     def is_met(self, trial: Trial) -> bool:
-        """Whether a trial reaches it."""
-        return (trial.speed if self.kind == "speed" else trial.psnr) >= self.value
+        """Whether a trial reaches it; a sparsity is reached as soon as it is set."""
+        return self.kind == "sparsity" or (trial.speed if self.kind == "speed" else trial.psnr) >= self.value
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What runs with one budget were like, means over the runs.
+    """What runs with one schedule were like, means over the runs.
 
     Args:
         density: mean share of block pairs kept after the warm-up.
         speed: denoising seconds of dense runs over those of these, by their steps.
         psnr: dB of the decoded video against the dense one.
+        by_layer: whether layers had sparsities of their own; otherwise it only grew over the steps.
     """
 
     density: float
     speed: float
     psnr: float
+    by_layer: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,21 +84,21 @@ class Calibration:
 
     Args:
         schedule: sparsity by layer and step.
-        sensitivity: what it was allocated by.
-        trials: the runs that decided its budget, in order; none where the target is a sparsity.
+        sensitivity: what layers were weighted by.
+        trials: the runs made, in order; the last has the density chosen, and layers all alike.
         chosen: the trial that the schedule is from.
     """
 
     schedule: SparsitySchedule
     sensitivity: Sensitivity
     trials: tuple[Trial, ...]
-    chosen: Trial | None
+    chosen: Trial
 
     def to_json(self) -> dict[str, Any]:
         """What a schedule's file says of how it came about."""
         return {
-            "trials": [asdict(trial) for trial in self.trials],
-            "chosen": None if self.chosen is None else asdict(self.chosen),
+            "trials": [_trial_to_json(trial) for trial in self.trials],
+            "chosen": _trial_to_json(self.chosen),
             "sensitivity": asdict(self.sensitivity),
         }
 
@@ -106,53 +110,64 @@ def calibrate(
     runs: Sequence[Mapping[str, Any]],
     *,
     num_steps: int,
-    num_ranges: int = 3,
-    levels: Sequence[float] = LEVELS,
+    measured_steps: int = 1,
     on_phase: Callable[[str], None] = lambda what: None,
 ) -> Calibration:
     """Measures how sensitive layers are, shares budgets by it, and finds the budget that meets a target.
 
-    One dense run for each prompt measures every layer at every level of sparsity (`measure_sensitivity`), `allocate`
-    turns any mean density into a schedule, and a few whole generations find the density: the largest that is still
-    fast enough, or the smallest that is good enough.
+    The densities of steps fall as `DraftConfig.growth` says, and those of layers are shared by what each does to the
+    transformer's output (`measure_sensitivity`, `layer_weights`). A few whole generations find the density: the
+    largest that is still fast enough, or the smallest that is good enough. At that density videos are also made with
+    all layers alike, and the schedule is of the kind that is closer to the dense videos.
 
     Args:
         pipe: a pipeline that draft attention supports.
-        config: the other settings: warm-up, tile, residual, dense layers.
+        config: the other settings: warm-up, growth, tile, residual, dense layers.
         target: what to reach.
         runs: arguments of the pipeline's call for each run, ``seed`` among them.
         num_steps: denoising steps of a run.
-        num_ranges: ranges of steps that get a sparsity of their own.
-        levels: sparsities to choose from; dense is always one more.
+        measured_steps: how many steps the layers are measured at.
         on_phase: told what is being done.
 
     Raises:
-        InputError: if no schedule meets the target; says what the nearest one reaches.
+        InputError: if no schedule meets the target; says what the nearest one reaches. If the policy takes none.
     """
-    if config.policy != "draft":
-        raise InputError(f"policy is {config.policy!r}; a schedule is for the policy 'draft'")
-    on_phase("measuring how sensitive layers are")
-    sensitivity = measure_sensitivity(pipe, config, runs, num_steps=num_steps, num_ranges=num_ranges, levels=levels)
-    if target.kind == "sparsity":
-        return Calibration(allocate(sensitivity, 1 - target.value), sensitivity, (), None)
+    first = config.num_warmup_steps(num_steps)
+    if first >= num_steps:
+        raise InputError(f"warmup is {config.warmup!r}; none of the {num_steps} steps is left to be sparse")
 
+    def scheduled(density: float, layers: Sequence[float]) -> DraftConfig:
+        return replace(config, schedule=growing_schedule(1 - density, config.growth, first, num_steps, layers))
+
+    scheduled(1.0, ())  # a policy that takes no schedule is refused before anything is measured
+    on_phase("measuring how sensitive layers are")
+    sensitivity = measure_sensitivity(pipe, config, runs, num_steps=num_steps, measured_steps=measured_steps)
+    weights = layer_weights(sensitivity)
     on_phase("making the dense videos")
     dense = [_generate(pipe, None, run, num_steps) for run in runs]
     trials: list[Trial] = []
 
-    def attempt(density: float) -> Trial:
-        on_phase(f"making videos at density {density:.3f}")
-        scheduled = replace(config, schedule=allocate(sensitivity, density))
+    def attempt(density: float, by_layer: bool = True) -> Trial:
+        on_phase(f"making videos at density {density:.3f}" + ("" if by_layer else ", all layers alike"))
+        settings = scheduled(density, weights if by_layer else ())
         if not trials and torch.device(pipe._execution_device).type == "cuda":
-            _generate(pipe, scheduled, runs[0], num_steps)  # compiles kernels
-        made = [_generate(pipe, scheduled, run, num_steps) for run in runs]
+            _generate(pipe, settings, runs[0], num_steps)  # compiles kernels
+        made = [_generate(pipe, settings, run, num_steps) for run in runs]
         ratios = [_denoising_seconds(d) / _denoising_seconds(s) for d, s in zip(dense, made, strict=True)]
         scores = [float(psnr(to_bytes(s.video), to_bytes(d.video)).mean()) for d, s in zip(dense, made, strict=True)]
-        trials.append(Trial(density, sum(ratios) / len(ratios), sum(scores) / len(scores)))
+        trials.append(Trial(density, fmean(ratios), fmean(scores), by_layer))
         return trials[-1]
 
-    chosen = search_density(attempt, target, least=1 - levels[-1])
-    return Calibration(allocate(sensitivity, chosen.density), sensitivity, tuple(trials), chosen)
+    if target.kind == "sparsity":
+        chosen = attempt(1 - target.value)
+    else:
+        chosen = search_density(attempt, target, least=_LEAST_DENSITY)
+    alike = attempt(chosen.density, by_layer=False)
+    if alike.psnr > chosen.psnr and target.is_met(alike):
+        chosen = alike
+    found = scheduled(chosen.density, weights if chosen.by_layer else ()).schedule
+    assert isinstance(found, SparsitySchedule)
+    return Calibration(found, sensitivity, tuple(trials), chosen)
 
 
 def search_density(attempt: Callable[[float], Trial], target: Target, least: float) -> Trial:
@@ -194,6 +209,10 @@ def search_density(attempt: Callable[[float], Trial], target: Target, least: flo
             high = density
     met = [trial for trial in trials if target.is_met(trial)]
     return min(met, key=lambda trial: trial.density) if wants_dense else max(met, key=lambda trial: trial.density)
+
+
+def _trial_to_json(trial: Trial) -> dict[str, Any]:
+    return {**asdict(trial), "psnr": trial.psnr if math.isfinite(trial.psnr) else None}
 
 
 def _generate(pipe: Any, config: DraftConfig | None, run: Mapping[str, Any], num_steps: int) -> Generation:

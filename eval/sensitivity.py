@@ -1,81 +1,72 @@
-"""How much error every layer makes at every sparsity, early and late in a run, and how a budget is shared by it."""
+"""How much the output of a transformer changes when one of its layers becomes sparse, and the weights that follow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from draftattn.attention import attend
 from draftattn.config import DraftConfig
 from draftattn.errors import InputError
 from draftattn.inputs import AttentionInputs
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.pipelines.video import enable
 from draftattn.policies import make_policy
-from draftattn.policy import CallContext
-from draftattn.schedule import SparsitySchedule
+from draftattn.policy import CallContext, MaskPolicy
 
-LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+LEVEL = 0.9
+_LEAST_WEIGHT = 0.25
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Squared relative error of attention outputs.
+    """Squared relative error of a transformer's output where a single layer is sparse.
 
     Args:
-        steps: where each range of steps ends, as shares of a run.
-        levels: sparsities, ascending.
-        errors: for each range, layer and level the mean of ``|sparse - dense|² / |dense|²`` over the calls seen.
-        first: where the first range begins, as a share of a run: the steps before it are dense.
+        errors: for each layer the mean of ``|sparse - dense|² / |dense|²``; None for layers that stay dense.
+        level: the sparsity of the layer.
+        steps: the denoising steps measured.
     """
 
-    steps: tuple[float, ...]
-    levels: tuple[float, ...]
-    errors: tuple[tuple[tuple[float, ...], ...], ...]
-    first: float = 0.0
-
-    @property
-    def num_layers(self) -> int:
-        """Layers measured."""
-        return len(self.errors[0])
+    errors: tuple[float | None, ...]
+    level: float
+    steps: tuple[int, ...]
 
 
 @dataclass
-class SensitivityProbe:
-    """A mask policy that keeps a run dense and measures what sparsity would do to its attention outputs.
+class OneLayer:
+    """A mask policy that keeps every layer dense, or every layer but one.
 
     Args:
-        config: the settings to measure, but for the sparsity.
-        levels: sparsities to measure.
-        at_steps: the denoising steps to look at, and the range each stands for.
+        config: the settings of the layer that is sparse.
+        level: its sparsity.
+        layer: its number; None for a dense run, whose layers and step are noted.
     """
 
     config: DraftConfig
-    levels: Sequence[float]
-    at_steps: Mapping[int, int]
-    seen: dict[tuple[int, int], list[tuple[float, ...]]] = field(default_factory=dict)
+    level: float
+    layer: int | None = None
+    seen: set[int] = field(default_factory=set)
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        alone = replace(self.config, growth=0, schedule=None)
+        self._sparse: MaskPolicy = make_policy(replace(alone, sparsity=self.level))
+        self._dense: MaskPolicy = make_policy(replace(alone, sparsity=0.0, policy="draft", selection="row"))
 
     def __call__(self, inputs: AttentionInputs, context: CallContext, scale: float | None = None) -> BlockMask:
         """See `MaskPolicy`."""
-        dense = self._mask(0.0, inputs, context, scale)
-        i_range = None if context.step is None else self.at_steps.get(context.step)
-        if i_range is not None:
-            video = inputs.layout.grid.num_tokens
-            exact = attend(inputs, dense, replace(self.config, residual=False), scale=scale)[:, :video].float()
-            errors = []
-            for level in self.levels:
-                mask = self._mask(level, inputs, context, scale)
-                output = attend(inputs, mask, self.config, scale=scale)[:, :video].float()
-                errors.append((output - exact).square().sum() / exact.square().sum())
-            self.seen.setdefault((i_range, context.layer), []).append(tuple(torch.stack(errors).tolist()))
-        return dense
-
-    def _mask(self, level: float, inputs: AttentionInputs, context: CallContext, scale: float | None) -> BlockMask:
-        return make_policy(replace(self.config, sparsity=level, schedule=None))(inputs, context, scale)
+        if self.layer is None:
+            self.seen.add(context.layer)
+            self.step = context.step
+        policy = self._sparse if context.layer == self.layer else self._dense
+        return policy(inputs, context, scale)
 
 
 def measure_sensitivity(
@@ -84,38 +75,44 @@ def measure_sensitivity(
     runs: Iterable[Mapping[str, Any]],
     *,
     num_steps: int,
-    num_ranges: int = 3,
-    levels: Sequence[float] = LEVELS,
-    on_step: Callable[[], None] = lambda: None,
+    measured_steps: int = 1,
+    level: float = LEVEL,
 ) -> Sensitivity:
-    """Runs a pipeline densely and measures every layer in the middle of every range of steps.
+    r"""Makes each layer of a dense run sparse on its own and compares what the transformer puts out.
+
+    An attention output's own error says little: that of an early layer passes through all later ones, that of a late
+    one does not. So after a forward of the dense run the transformer runs once more on the same inputs for every
+    layer: for :math:`L` layers as many forwards as :math:`L` dense steps take, for each run and step measured. A run
+    ends after the last of these steps.
 
     Args:
-        pipe: a pipeline that draft attention supports.
-        config: the settings to measure, but for the sparsity. The ranges are equal parts of the steps after its
-            warm-up.
+        pipe: a pipeline that draft attention supports; layers of two transformers share their figures.
+        config: the settings to measure, but for the sparsity.
         runs: arguments of the pipeline's call for each run, ``seed`` among them.
         num_steps: denoising steps of a run.
-        num_ranges: ranges of steps.
-        levels: sparsities to measure, ascending.
-        on_step: called after every denoising step.
+        measured_steps: how many steps to measure at, evenly spread, the first after the warm-up among them.
+        level: sparsity of the layer.
 
     Raises:
-        InputError: if there are more ranges than steps after the warm-up.
+        InputError: if there are fewer steps after the warm-up.
     """
     first = config.num_warmup_steps(num_steps)
-    if not 1 <= num_ranges <= num_steps - first:
-        raise InputError(f"ranges is {num_ranges}; the run has {num_steps - first} steps after its warm-up")
-    bounds = [first + i * (num_steps - first) // num_ranges for i in range(num_ranges + 1)]
-    middle = {(start + end) // 2: i for i, (start, end) in enumerate(pairwise(bounds))}
-    probe = SensitivityProbe(config, levels, middle)
+    if not 1 <= measured_steps <= num_steps - first:
+        raise InputError(f"measured_steps is {measured_steps}; the run has {num_steps - first} steps after its warm-up")
+    steps = tuple(first + i * (num_steps - first) // measured_steps for i in range(measured_steps))
+    policy = OneLayer(config, level)
+    errors: dict[int, list[float]] = {}
 
-    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        del pipe, step, timestep
-        on_step()
+    def stop_after_the_last(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        del timestep
+        pipe._interrupt = step >= steps[-1]
         return tensors
 
-    with enable(pipe, replace(config, warmup=0, schedule=None), policy=probe):
+    transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    with (
+        enable(pipe, replace(config, schedule=None), policy=policy),
+        _repeated([x for x in transformers if x is not None], policy, steps, errors),
+    ):
         for run in runs:
             arguments = {name: value for name, value in run.items() if name != "seed"}
             pipe(
@@ -123,71 +120,63 @@ def measure_sensitivity(
                 num_inference_steps=num_steps,
                 generator=torch.Generator().manual_seed(run["seed"]),
                 output_type="latent",
-                callback_on_step_end=after_step,
+                callback_on_step_end=stop_after_the_last,
             )
-    num_layers = 1 + max(layer for _, layer in probe.seen)
-    errors = tuple(
-        tuple(_mean_rows(probe.seen.get((i, layer)), len(levels)) for layer in range(num_layers))
-        for i in range(num_ranges)
-    )
-    ends = (*(bound / num_steps for bound in bounds[1:-1]), 1.0)
-    return Sensitivity(ends, tuple(levels), errors, first / num_steps)
+    found = [fmean(errors[layer]) if layer in errors else None for layer in range(1 + max(errors))]
+    return Sensitivity(tuple(found), level, steps)
 
 
-def allocate(sensitivity: Sensitivity, density: float) -> SparsitySchedule:
-    """Shares a mean density among layers and ranges so that the sum of squared errors is small.
+def layer_weights(sensitivity: Sensitivity) -> tuple[float, ...]:
+    r"""The weights of layers for `draftattn.schedule.growing_schedule`: their mean is 1.
 
-    Greedy: every layer in every range begins at the highest sparsity measured, and the step down to a lower one, to
-    dense at the end, that takes away the most error for what it costs is made as long as the budget lasts.
+    Where the squared error of a layer falls like one over its density :math:`d_l`, the sum of errors
+    :math:`\sum_l w_l / d_l` at a given sum of densities is smallest for :math:`d_l \propto \sqrt{w_l}`. Steps follow
+    the same rule: weights :math:`t^{-2g}` of their errors give densities :math:`\propto t^{-g}`, as by default. No
+    weight is below a quarter of the mean, however small the error that was seen.
 
-    Args:
-        sensitivity: from `measure_sensitivity`.
-        density: mean share of block pairs kept in the steps after the warm-up, in (0, 1].
-
-    Raises:
-        InputError: if the highest sparsity measured already costs more.
-
-    >>> flat, steep = (0.01, 0.02), (0.2, 0.9)
-    >>> allocate(Sensitivity((1.0,), (0.5, 0.9), ((flat, steep),)), density=0.3).sparsity
-    ((0.9, 0.5),)
+    >>> layer_weights(Sensitivity((0.04, 0.01, None), level=0.9, steps=(5,)))
+    (1.3333333333333333, 0.6666666666666666, 1.0)
     """
-    ends = sensitivity.steps
-    starts = (sensitivity.first, *ends[:-1])
-    levels: tuple[float, ...] = (0.0, *sensitivity.levels)
-    # of the steps that can be sparse, and for one layer
-    share = [
-        (end - start) / (1 - sensitivity.first) / sensitivity.num_layers
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    least = 1 - levels[-1]
-    if density < least - 1e-9:
-        raise InputError(f"a density of {density:.3g} is below {least:.3g}, that of the highest sparsity measured")
-    # a lower sparsity never counts as worse, whatever noise says
-    errors: list[list[list[float]]] = []
-    for rows in sensitivity.errors:
-        errors.append([[0.0] for _ in rows])
-        for row, kept in zip(rows, errors[-1], strict=True):
-            for error in row:
-                kept.append(max(kept[-1], error))
-    chosen: list[list[int]] = [[len(levels) - 1] * sensitivity.num_layers for _ in ends]
-    left = density - least
-    while True:
-        best: tuple[float, float, int, int, int] | None = None
-        for i, of_range in enumerate(chosen):
-            for layer, now in enumerate(of_range):
-                for lower in range(now):
-                    cost = (levels[now] - levels[lower]) * share[i]
-                    gain = (errors[i][layer][now] - errors[i][layer][lower]) * share[i]
-                    if cost <= left + 1e-12 and (best is None or (gain / cost, cost) > best[:2]):
-                        best = gain / cost, cost, i, layer, lower
-        if best is None:
-            break
-        left -= best[1]
-        chosen[best[2]][best[3]] = best[4]
-    return SparsitySchedule(ends, tuple(tuple(levels[level] for level in of_range) for of_range in chosen))
+    roots = [None if error is None else math.sqrt(error) for error in sensitivity.errors]
+    mean = fmean(root for root in roots if root is not None)
+    if mean == 0:  # nothing was skipped
+        return (1.0,) * len(roots)
+    weights = [1.0 if root is None else max(root / mean, _LEAST_WEIGHT) for root in roots]
+    return tuple(weight / fmean(weights) for weight in weights)
 
 
-def _mean_rows(rows: list[tuple[float, ...]] | None, count: int) -> tuple[float, ...]:
-    if not rows:
-        raise InputError("a layer was not reached in every range of steps; calibrate with fewer ranges")
-    return tuple(sum(row[i] for row in rows) / len(rows) for i in range(count))
+@contextmanager
+def _repeated(
+    transformers: list[nn.Module], policy: OneLayer, steps: tuple[int, ...], errors: dict[int, list[float]]
+) -> Iterator[None]:
+    """Runs the forward of transformers once more for every layer in the steps given, and notes the errors."""
+    before = [transformer.__dict__.get("forward") for transformer in transformers]
+
+    def repeat(forward: Any) -> Any:
+        def repeated(*args: Any, **kwargs: Any) -> Any:
+            policy.step, policy.seen = None, set()
+            output = forward(*args, **kwargs)
+            if policy.step in steps:
+                dense: Tensor = output[0].float()
+                try:
+                    for layer in sorted(policy.seen):
+                        policy.layer = layer
+                        sparse: Tensor = forward(*args, **kwargs)[0].float()
+                        error = (sparse - dense).square().sum() / dense.square().sum()
+                        errors.setdefault(layer, []).append(float(error))
+                finally:
+                    policy.layer = None
+            return output
+
+        return repeated
+
+    try:
+        for transformer in transformers:
+            # inside the hooks of draft attention, which set up the forward once for all repetitions
+            transformer.__dict__["forward"] = repeat(transformer.forward)
+        yield
+    finally:
+        for transformer, forward in zip(transformers, before, strict=True):
+            transformer.__dict__.pop("forward", None)
+            if forward is not None:
+                transformer.__dict__["forward"] = forward

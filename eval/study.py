@@ -273,7 +273,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _merged(path: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     old = {**NOTED_LATER, **old}
-    old["settings"] = [{**_SETTINGS_NOTED_LATER, **setting} for setting in old["settings"]]
+    old["settings"] = [setting | {**_SETTINGS_NOTED_LATER, **setting} for setting in old["settings"]]
     differing = [key for key in new if key not in _GROWING and old.get(key) != new[key]]
     if differing:
         was = ", ".join(f"{key} {_shown(old.get(key), new[key])}" for key in differing)

@@ -1,4 +1,4 @@
-"""``draftattn calibrate``: the sparsity of every layer and range of steps for a target."""
+"""``draftattn calibrate``: the sparsity of every layer and step for a target."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from draftattn.eval.calibrate import Calibration
+    from draftattn.schedule import SparsitySchedule
 
 CALIBRATE_EXAMPLE = (
     "Example: draftattn calibrate --model assets/tiny-wan --prompt-file prompts.txt --height 256 --width 448 "
@@ -40,22 +41,27 @@ def calibrate(
     frames: run_options.Frames = None,
     steps: run_options.Steps = 50,
     guidance: run_options.Guidance = None,
-    ranges: Annotated[int, typer.Option(help="Ranges of steps with a sparsity of their own.")] = 3,
+    measured_steps: Annotated[
+        int, typer.Option(help="Denoising steps at which layers are compared, from the first sparse one on.")
+    ] = 1,
     dtype: run_options.DtypeOption = options.Dtype.auto,
     offload: run_options.OffloadOption = options.Offload.none,
     markdown: tables.Markdown = False,
     preset: options.Preset = None,
     warmup: options.Warmup = None,
+    growth: options.Growth = None,
     residual: options.Residual = None,
     tile: options.TileOption = None,
     dense_layers: options.DenseLayers = None,
     backend: options.Backend = None,
     dense_backend: options.DenseBackend = None,
 ) -> None:
-    """Find the sparsity of every layer and range of steps that meets a target of speed or quality on a few prompts.
+    """Find the sparsity of every layer and step that meets a target of speed or quality on a few prompts.
 
-    One dense run per prompt measures how much error each layer makes at each sparsity; a budget is shared by that, and
-    a few whole generations find the budget. Use the file with DraftConfig(schedule="schedule.json").
+    At the first sparse step of each prompt, every layer in turn is made sparse alone: the more the transformer's output
+    changes, the larger the layer's share of the budget. Over the steps sparsity grows as --growth says. A few whole
+    generations find the budget; at that budget videos are also made with all layers alike, and what is closer to the
+    dense videos is written. Use the file with --schedule or DraftConfig(schedule="schedule.json").
     """
     from draftattn.eval import loading
     from draftattn.eval.calibrate import Target
@@ -65,14 +71,15 @@ def calibrate(
 
     aim = Target.read(target)
     config = options.draft_config(
-        preset, None, warmup, None, residual, tile, dense_layers, backend, dense_backend=dense_backend
+        preset, None, warmup, None, residual, tile, dense_layers, backend, dense_backend=dense_backend, growth=growth
     )
     prompts = grid.read_prompts(prompt, prompt_file, vbench, max_prompts)
     device = options.default_device()
     weights_dtype = options.resolve_dtype(dtype, device)
     options.check_numbers(steps, guidance, 1, offload, device)
-    if not 1 <= ranges <= steps - config.num_warmup_steps(steps):
-        raise InputError(f"ranges is {ranges}; the run has {steps - config.num_warmup_steps(steps)} sparse steps")
+    first_step = config.num_warmup_steps(steps)
+    if not 1 <= measured_steps <= steps - first_step:
+        raise InputError(f"measured_steps is {measured_steps}; the run has {steps - first_step} sparse steps")
     tables.check_output(output)
     size = {"height": height, "width": width, "num_frames": frames}
     index = loading.check_generation(
@@ -89,7 +96,13 @@ def calibrate(
     runs = [{"prompt": text, "seed": seed, **arguments} for text in prompts]
     with console.status("starting") as status:
         found = run_calibration(
-            pipe, config, aim, runs, num_steps=steps, num_ranges=ranges, on_phase=lambda what: status.update(what)
+            pipe,
+            config,
+            aim,
+            runs,
+            num_steps=steps,
+            measured_steps=measured_steps,
+            on_phase=lambda what: status.update(what),
         )
     found.schedule.save(
         output,
@@ -108,29 +121,30 @@ def calibrate(
             **found.to_json(),
         },
     )
-    console.print(_table(found, device_name(device), markdown))
-    if found.chosen is not None:
-        console.print(f"Speed {found.chosen.speed:.2f}, PSNR {found.chosen.psnr:.1f} dB at the density chosen")
+    console.print(_schedule_table(found.schedule, first_step, steps, device_name(device), markdown))
+    console.print(_trials_table(found, markdown))
     console.print(f"Wrote {output}")
 
 
-def _table(found: Calibration, device: str, markdown: bool) -> Table:
-    schedule = found.schedule
-    title = f"Sparsity by range of steps; mean {schedule_mean(found):.3f} after the warm-up; {device}"
-    names = [f"to {end:.0%} of the steps" for end in schedule.steps]
-    table, names = tables.settings_table(names, ["least", "mean", "most"], title, markdown)
-    for name, row in zip(names, schedule.sparsity, strict=True):
-        shares = row if isinstance(row, tuple) else (row,)
+def _schedule_table(schedule: SparsitySchedule, first_step: int, num_steps: int, device: str, markdown: bool) -> Table:
+    mean = schedule.mean(num_steps, first_step)
+    title = f"Sparsity of the layers; mean {mean:.3f} after {first_step} dense steps; {device}"
+    last = num_steps - 1
+    steps = sorted({first_step + i * (last - first_step) // 4 for i in range(5)})
+    table, names = tables.settings_table(
+        [f"step {step + 1} of {num_steps}" for step in steps], ["least", "mean", "most"], title, markdown
+    )
+    for name, step in zip(names, steps, strict=True):
+        shares = [schedule.at(layer, step, num_steps) for layer in range(schedule.num_layers or 1)]
         table.add_row(name, *(f"{x:.3f}" for x in (min(shares), sum(shares) / len(shares), max(shares))))
     return table
 
 
-def schedule_mean(found: Calibration) -> float:
-    """Mean sparsity of the steps that can be sparse."""
-    schedule, first = found.schedule, found.sensitivity.first
-    starts = (first, *schedule.steps[:-1])
-    rows = [row if isinstance(row, tuple) else (row,) for row in schedule.sparsity]
-    total = sum(
-        (end - start) * sum(row) / len(row) for start, end, row in zip(starts, schedule.steps, rows, strict=True)
-    )
-    return total / (1 - first)
+def _trials_table(found: Calibration, markdown: bool) -> Table:
+    names = ["layers by need" if trial.by_layer else "layers alike" for trial in found.trials]
+    headings = ["density", "speed", "PSNR dB", "chosen"]
+    table, names = tables.settings_table(names, headings, "Videos made", markdown)
+    for name, trial in zip(names, found.trials, strict=True):
+        figures = (f"{trial.density:.3f}", f"{trial.speed:.2f}", f"{trial.psnr:.2f}")
+        table.add_row(name, *figures, "yes" if trial is found.chosen else "")
+    return table

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from draftattn import DraftConfig, InputError
+from draftattn.policies import POLICY_NAMES, policy_settings
+from draftattn.schedule import SparsitySchedule
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
     *[("sparsity", value, r"\[0, 1\)") for value in (-0.1, 1, 1.0, 2, math.nan, math.inf, "0.5", None, True, False)],
@@ -68,6 +70,17 @@ def test_lists_become_tuples_so_that_a_config_can_be_hashed() -> None:
     config = DraftConfig(tile=[1, 8, 8], dense_layers=[0, -1])  # type: ignore[arg-type]
     assert (config.tile, config.dense_layers) == ((1, 8, 8), (0, -1))
     assert hash(config) == hash(DraftConfig(tile=(1, 8, 8), dense_layers=(0, -1)))
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_a_schedule_goes_with_every_policy_whose_density_is_set(name: str) -> None:
+    schedule = SparsitySchedule((0.5, 1.0), (0.5, 0.9))
+    if name in ("xattention", "sparge"):
+        for policy in (name, policy_settings(name)):
+            with pytest.raises(InputError, match=f"{name}.* with a schedule; its density follows from its mass"):
+                DraftConfig(policy=policy, schedule=schedule)  # type: ignore[arg-type]
+    else:
+        assert DraftConfig(policy=name, schedule=schedule).sparsity_at(0, 6, 10) == 0.9
 
 
 def test_a_config_is_frozen() -> None:

@@ -14,7 +14,7 @@ from draftattn import DraftConfig, InputError, TokenGrid, block_layout
 from draftattn.inputs import AttentionInputs
 from draftattn.policies import make_policy
 from draftattn.policy import CallContext
-from draftattn.schedule import SparsitySchedule, growing_sparsity
+from draftattn.schedule import SparsitySchedule, growing_schedule, growing_sparsity
 
 TWO_RANGES = SparsitySchedule(steps=(0.3, 1.0), sparsity=(0.5, (0.9, 0.25)))
 
@@ -41,6 +41,7 @@ def test_a_file_gives_the_schedule_back_and_a_config_takes_its_path(tmp_path: Pa
     assert SparsitySchedule.load(path) == TWO_RANGES
     assert DraftConfig(schedule=path).schedule == DraftConfig(schedule=str(path)).schedule == TWO_RANGES
     assert json.loads(path.read_text())["made"] == {"model": "tiny"}
+    assert "\n    [0.9, 0.25]\n" in path.read_text()
     assert [entry.name for entry in tmp_path.iterdir()] == ["schedule.json"]
 
 
@@ -110,3 +111,35 @@ class TestGrowing:
         assert DraftConfig(sparsity=0.8, growth=0).sparsity_at(0, 19, 20) == pytest.approx(0.8)
         with pytest.raises(InputError, match=r"growth is 2.5; it must be in \[0, 2\]"):
             DraftConfig(growth=2.5)
+
+
+class TestGrowingByLayer:
+    LAYERS = (0.5, 2.0, 1.0)
+
+    @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75, 0.97])
+    @pytest.mark.parametrize(("first", "steps"), [(0, 1), (0, 20), (13, 50), (19, 20)])
+    def test_its_mean_is_the_sparsity_and_heavier_layers_are_denser(
+        self, sparsity: float, first: int, steps: int
+    ) -> None:
+        schedule = growing_schedule(sparsity, 0.6, first, steps, self.LAYERS)
+        assert schedule.mean(steps, first) == pytest.approx(sparsity, abs=1e-4)
+        for step in range(steps):
+            light, heavy, middle = (schedule.at(layer, step, steps) for layer in range(3))
+            assert heavy <= middle <= light
+
+    def test_densities_are_proportional_to_weights_of_layers_and_steps_up_to_dense(self) -> None:
+        schedule = growing_schedule(0.9, 0.5, 4, 16, self.LAYERS)
+        first, last = ([1 - schedule.at(layer, step, 16) for layer in range(3)] for step in (4, 15))
+        assert first[1] / first[0] == pytest.approx(4, rel=0.01)
+        assert first[1] / last[1] == pytest.approx((15.5 / 4.5) ** 0.5, rel=0.01)
+        # what a dense layer cannot take, the others share in proportion
+        dense, *others = growing_schedule(0.5, 0, 0, 1, (9.0, 2.0, 1.0)).sparsity[0]  # type: ignore[misc]
+        assert dense == 0
+        assert [1 - share for share in others] == pytest.approx([1 / 3, 1 / 6], abs=1e-4)
+
+    def test_without_weights_it_is_the_rule_for_steps(self) -> None:
+        schedule = growing_schedule(0.8, 0.6, 3, 10)
+        assert schedule.num_layers is None
+        found = [schedule.at(7, step, 10) for step in range(3, 10)]
+        assert found == pytest.approx(growing_sparsity(0.8, 0.6, 3, 10), abs=1e-4)
+        assert schedule.at(0, 0, 10) == found[0]
