@@ -103,7 +103,7 @@ def policies(
     from draftattn.eval.plot_contest import plot_contest
     from draftattn.eval.plot_kernels import check_plot_path
     from draftattn.eval.run_study import Listener, run_study
-    from draftattn.eval.study import Run, Study, StudyFolder
+    from draftattn.eval.study import Study, StudyFolder
 
     base = options.draft_config(None, None, None, None, None, tile, None, backend)
     contenders = read_contenders(DEFAULT_CONTENDERS if policies is None else policies, base)
@@ -157,9 +157,6 @@ def policies(
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def mine(run: Run) -> bool:
-        return (run.seed * len(prompts) + run.prompt) % processes.count == processes.index
-
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -175,6 +172,7 @@ def policies(
         with processes.main_first():
             complete = measure_contest(contest, output, load, device, listener)
             folder = StudyFolder.open(output / "study", complete, device, first=processes.is_main)
+        mine = functools.partial(processes.makes, num_prompts=len(folder.content["prompts"]))
         run_study(folder, complete, load, device, listener, keep_videos=keep_videos, mine=mine)
         processes.wait()
     if not processes.is_main:

@@ -75,18 +75,18 @@ def compare(
 
     settings = grid.read_settings(
         preset,
-        sparsity,
-        warmup,
-        selection,
-        residual,
-        tile,
-        dense_layers,
-        backend,
-        policy,
-        means,
-        draft_keys,
-        dense_backend,
-        growth,
+        sparsity=sparsity,
+        warmup=warmup,
+        growth=growth,
+        selection=selection,
+        residual=residual,
+        tile=tile,
+        dense_layers=dense_layers,
+        backend=backend,
+        dense_backend=dense_backend,
+        policy=policy,
+        means=means,
+        draft_keys=draft_keys,
     )
     prompts = grid.read_prompts(prompt, prompt_file, vbench, max_prompts)
     processes = join_processes(options.default_device())
@@ -123,8 +123,7 @@ def compare(
     with processes.main_first():
         folder = StudyFolder.open(output, study, device, first=processes.is_main)
 
-    def mine(run: Run) -> bool:
-        return (run.seed * len(folder.content["prompts"]) + run.prompt) % processes.count == processes.index
+    mine = functools.partial(processes.makes, num_prompts=len(folder.content["prompts"]))
 
     def load() -> Any:
         pipe = loading.load_pipeline(model, index, weights_dtype, device, offload.value)

@@ -75,17 +75,17 @@ def generate(
     """
     config = options.draft_config(
         preset,
-        sparsity,
-        warmup,
-        selection,
-        residual,
-        tile,
-        dense_layers,
-        backend,
-        policy,
-        schedule,
-        dense_backend,
-        growth,
+        sparsity=sparsity,
+        warmup=warmup,
+        growth=growth,
+        selection=selection,
+        residual=residual,
+        tile=tile,
+        dense_layers=dense_layers,
+        backend=backend,
+        dense_backend=dense_backend,
+        policy=policy,
+        schedule=schedule,
     )
     processes = join_processes(options.default_device())
     device, together = processes.device, context_parallel is options.ContextParallel.ulysses

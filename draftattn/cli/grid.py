@@ -48,12 +48,7 @@ Warmups = Annotated[
 ]
 Growths = Annotated[
     str | None,
-    typer.Option(
-        "--growth",
-        help="How fast sparsity grows over the sparse steps, --sparsity being the mean; 0: not at all. Default "
-        f"{DraftConfig().growth:g}.",
-        rich_help_panel=GRID_PANEL,
-    ),
+    typer.Option("--growth", help=options.GROWTH_HELP, rich_help_panel=GRID_PANEL),
 ]
 Selections = Annotated[
     str | None, typer.Option("--selection", help="row, head. Default row.", rich_help_panel=GRID_PANEL)

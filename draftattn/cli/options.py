@@ -87,14 +87,11 @@ Policy = Annotated[
     ),
 ]
 
-Growth = Annotated[
-    float | None,
-    typer.Option(
-        help="How fast sparsity grows over the sparse steps, --sparsity being the mean; 0: not at all. Default "
-        f"{DraftConfig().growth:g}.",
-        rich_help_panel=DRAFT_PANEL,
-    ),
-]
+GROWTH_HELP = (
+    "How fast sparsity grows over the sparse steps, --sparsity being the mean; 0: not at all. Default "
+    f"{DraftConfig().growth:g}."
+)
+Growth = Annotated[float | None, typer.Option(help=GROWTH_HELP, rich_help_panel=DRAFT_PANEL)]
 
 Schedule = Annotated[
     str | None,

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from draftattn.errors import InputError
+
+if TYPE_CHECKING:
+    from draftattn.eval.study import Run
 
 Item = TypeVar("Item")
 
@@ -61,6 +64,10 @@ class Processes:
         if self.is_main:
             self.wait()
         self.wait()
+
+    def makes(self, run: Run, num_prompts: int) -> bool:
+        """Whether a run of a study falls to this process: a dense video and those compared with it stay together."""
+        return (run.seed * num_prompts + run.prompt) % self.count == self.index
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """The items that fall to this process; all are given out, and none twice."""

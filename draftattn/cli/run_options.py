@@ -32,7 +32,7 @@ CompileBlocks = Annotated[
     typer.Option(
         "--compile",
         help="Compile the transformer's blocks, for dense attention too: norms, rotary embedding and modulation become "
-        "few kernels, which saves a third to a half of a sparse step of a large model on a GPU. The first step takes a "
+        "few kernels, which saves a sixth to a third of a sparse step of a large model. The first step takes a "
         "minute or so longer. Not with --offload sequential.",
     ),
 ]
