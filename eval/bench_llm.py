@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from draftattn.errors import InputError
+from draftattn.eval.dense_yardstick import dense_yardstick, yardstick_name
 from draftattn.eval.environment import device_name, package_versions
 from draftattn.eval.kernel_timing import clocks_under_load, time_in_turns
 from draftattn.eval.llm_gate import check_system, small_call
@@ -84,14 +85,15 @@ def bench_attention(
     first tokens of one key head; one that fails is not timed. ``dense_len`` is not applied.
 
     Returns:
-        Rows of ``length`` and ``system`` with times in seconds, ``speedup`` over dense (cuDNN's attention on a CUDA
-        GPU, torch's elsewhere), ``density`` and ``selection_seconds``; ``red`` names systems that failed the check.
+        Rows of ``length`` and ``system`` with times in seconds, ``speedup`` over dense (see
+        `draftattn.eval.dense_yardstick`), ``density`` and ``selection_seconds``; ``red`` names systems that failed the
+        check.
     """
     rows, gates = [], []
     for length in lengths:
         call = random_call(shape, length, dtype, device)
         made = {spec.text: _system(spec) for spec in systems if spec.name != DENSE}
-        calls: dict[str, Callable[[], Any]] = {DENSE: dense_yardstick(call)}
+        calls: dict[str, Callable[[], Any]] = {DENSE: dense_yardstick(call.query, call.key, call.value, call.scale)}
         for name, system in made.items():
             on_progress(f"checking {name}, {length} tokens")
             verdict = check_system(system, small_call(system, call, GATE_TOKENS.get(device.type, FEWER_GATE_TOKENS)))
@@ -137,7 +139,7 @@ def bench_attention(
     return {
         **_report("attention", dtype, device),
         "shape": asdict(shape),
-        "baseline": "cuDNN causal attention" if device.type == "cuda" else "torch's causal attention",
+        "baseline": yardstick_name(dtype, device),
         "gate": gates,
         "red": sorted({gate["system"] for gate in gates if gate["green"] is False}),
         "rows": rows,
@@ -157,7 +159,8 @@ def bench_generation(
 ) -> dict[str, Any]:
     """Times prefill and decoding of a whole model, dense and with systems, on random tokens.
 
-    Decoding is a loop of forward passes of one token with the cache, without sampling. Medians of ``repeats``.
+    Decoding is a loop of forward passes of one token with the cache, without sampling, that waits for every token as
+    `generate` does. Medians over ``repeats`` prefills and over all their tokens.
 
     Returns:
         Rows of ``length`` and ``system`` with ``prefill_seconds``, ``decode_seconds`` per token, their speed-ups over
@@ -177,10 +180,10 @@ def bench_generation(
                     density = recorder.density()
                     recorder.enabled = False
                 for repeat in range(repeats + 1):
-                    prefill, decode = _generate(model, tokens, new_tokens, device)
+                    prefill, each = _generate(model, tokens, new_tokens, device)
                     if repeat:  # the first run compiles
                         prefills.append(prefill)
-                        decodes.append(decode)
+                        decodes += each
             row = {
                 "length": length,
                 **spec.to_json(),
@@ -242,31 +245,6 @@ def random_call(shape: AttentionShape, length: int, dtype: torch.dtype, device: 
     return AttentionCall(query, key, value, shape.head_dim**-0.5, 0, nn.Identity())
 
 
-def dense_yardstick(call: AttentionCall) -> Callable[[], Tensor]:
-    """Dense causal attention, to be called: cuDNN's on a CUDA GPU, torch's own elsewhere."""
-    query, key, value = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
-    backends = [SDPBackend.CUDNN_ATTENTION] if call.query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    shared = query.shape[1] != key.shape[1]
-
-    def run() -> Tensor:
-        with sdpa_kernel(backends):
-            return torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=call.scale, enable_gqa=shared
-            )
-
-    if shared:
-        try:
-            run()
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            # one that knows no grouped heads gets copies, made outside the time
-            group = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-            shared = False
-    return run
-
-
 def _system(spec: SystemSpec) -> AttentionSystem:
     system = make_system(spec.name, **dict(spec.options))
     if type(system).forward is not AttentionSystem.forward or type(system).attach is not AttentionSystem.attach:
@@ -280,19 +258,23 @@ def _density(system: AttentionSystem, call: AttentionCall) -> float | None:
     return recorder.density()
 
 
-def _generate(model: Any, tokens: Tensor, new_tokens: int, device: torch.device) -> tuple[float, float]:
+def _generate(model: Any, tokens: Tensor, new_tokens: int, device: torch.device) -> tuple[float, list[float]]:
+    """Seconds of the prefill, and of each new token."""
+
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    start = now()
+    times = [now()]
     step = model(tokens, use_cache=True, logits_to_keep=1)
-    prefilled = now()
+    times.append(now())
     for _ in range(new_tokens):
         token = step.logits[:, -1:].argmax(-1)
         step = model(token, past_key_values=step.past_key_values, use_cache=True)
-    return prefilled - start, (now() - prefilled) / max(1, new_tokens)
+        times.append(now())
+    prefill, *each = (end - start for start, end in pairwise(times))
+    return prefill, each
 
 
 def _report(kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

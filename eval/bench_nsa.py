@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from draftattn.errors import InputError
+from draftattn.eval.dense_yardstick import dense_yardstick
 from draftattn.eval.environment import device_name, package_versions
 from draftattn.eval.kernel_timing import clocks_under_load, time_in_turns
 from draftattn.files import check_writable, written_whole
@@ -116,20 +117,6 @@ class NSAProblem:
 
         return run
 
-    def dense(self) -> Callable[[], Tensor]:
-        """Dense causal attention: cuDNN's on a CUDA GPU, torch's own elsewhere."""
-        query, key, value = (x.transpose(1, 2) for x in (self.query, self.key, self.value))
-        backends = [SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-
-        @torch.no_grad()
-        def run() -> Tensor:
-            with sdpa_kernel(backends):
-                return torch.nn.functional.scaled_dot_product_attention(
-                    query, key, value, is_causal=True, enable_gqa=self.shape.heads != self.shape.kv_heads
-                )
-
-        return run
-
 
 @torch.no_grad()
 def check(problem: NSAProblem, config: NSAConfig) -> dict[str, Any]:
@@ -199,7 +186,7 @@ def bench_nsa(
     rows, gates, skipped = [], [], {}
     for shape in shapes:
         problem = NSAProblem(shape, dtype, device)
-        calls = {"dense": problem.dense()}
+        calls = {"dense": dense_yardstick(problem.query, problem.key, problem.value)}
         for name, config in ours.items():
             on_progress(f"checking {name}, {shape.tokens} tokens")
             verdict = check(problem, config)

@@ -104,6 +104,7 @@ def density_sweep(length: int) -> list[SystemSpec]:
         moba = f"moba:chunk_size={length // 32},top_k={max(2, round(32 * width))}"
         texts += [
             f"draft:density={density},block_size=64,dense_len=0",
+            f"draft:density={density},block_size=64,budget=row,dense_len=0",
             f"xattention:threshold={mass},stride=8,block_size=64,dense_len=0",
             f"minference:vertical_size={lines},slash_size={lines},dense_len=0",
             f"flexprefill:gamma={mass},min_budget={length // 16},block_size=64,dense_len=0",

@@ -64,8 +64,13 @@ def plot_llm(result: dict[str, Any], path: Path) -> None:
 
 def _perplexity(axis: Any, rows: list[dict[str, Any]]) -> None:
     def name(row: dict[str, Any]) -> str:
-        # numbers are what the density follows from; switches make another system
-        switches = ", ".join(option for option, value in row["options"].items() if value is True)
+        # numbers are what the density follows from; switches and words make another system
+        words = {
+            option if value is True else f"{option} {value}"
+            for option, value in row["options"].items()
+            if value is True or (isinstance(value, str) and value.isidentifier())
+        }
+        switches = ", ".join(sorted(words))
         return f"{row['system']} ({switches})" if switches else row["system"]
 
     _draw(axis, rows, name, lambda row: (row["density"], row["against_dense"]))

@@ -9,48 +9,59 @@ from draftattn.kernels.dispatch import triton_serves
 from draftattn.kernels.merge import merge_attention
 
 
-def merge_gathered(output: Tensor, lse: Tensor, parts: Tensor, part_lses: Tensor, place: Tensor) -> Tensor:
+def merge_gathered(
+    output: Tensor, lse: Tensor, parts: Tensor, part_lses: Tensor, place: Tensor, *, out: Tensor | None = None
+) -> Tensor:
     """Merges one attention of every query with further ones that lie scattered in a list. Differentiable.
 
     Exact as `merge_attention`, without the copies that putting each part in the order of the queries would take: where
     no gradient is asked for, on a GPU one kernel reads every part once.
 
     Args:
-        output: ``[N, H, D]``, any strides with a contiguous last dimension.
-        lse: ``[H, N]``.
+        output: ``[B, N, H, D]``, any strides with a contiguous last dimension.
+        lse: ``[B, H, N]``.
         parts: ``[T, D]``, attention of gathered pairs of a query and a head to other keys.
         part_lses: ``[T]``.
-        place: int64 ``[N, H, P]``, where in the list the parts of each query and head are.
+        place: int32 ``[B, H_kv, P, N, G]``, where in the list the P parts of each query and head are; ``H = H_kv * G``.
+        out: takes the result; it may be ``output`` itself. Only where no gradient is asked for.
 
     Returns:
-        ``[N, H, D]`` in the dtype of ``output``.
+        ``[B, N, H, D]`` in the dtype of ``output``: ``out`` if it was given.
 
     Raises:
-        ValueError: if shapes do not fit together.
+        ValueError: if shapes do not fit together, or ``out`` is given where a gradient is asked for.
 
-    >>> output, lse = torch.tensor([[[1.0]]]), torch.tensor([[2.0]]).log()
+    >>> output, lse = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1), 2.0).log()
     >>> parts, part_lses = torch.tensor([[9.0], [4.0]]), torch.tensor([0.0, 0.0])
-    >>> round(merge_gathered(output, lse, parts, part_lses, torch.tensor([[[1]]])).item(), 3)
+    >>> round(merge_gathered(output, lse, parts, part_lses, torch.ones(1, 1, 1, 1, 1, dtype=torch.int32)).item(), 3)
     2.0
     """
-    length, heads, head_dim = output.shape
-    if lse.shape != (heads, length) or place.shape[:2] != (length, heads):
+    batch, length, heads, head_dim = output.shape
+    fits = place.ndim == 5 and (place.shape[0], place.shape[3], place.shape[1] * place.shape[4]) == output.shape[:3]
+    if lse.shape != (batch, heads, length) or not fits:
         raise ValueError(
             f"output {list(output.shape)}, lse {list(lse.shape)} and place {list(place.shape)} do not fit together"
         )
     if parts.ndim != 2 or parts.shape[1] != head_dim or part_lses.shape != parts.shape[:1]:
         raise ValueError(f"parts must be [T, {head_dim}] and part_lses [T]; got {list(parts.shape)}")
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (output, lse, parts, part_lses))
+    if out is not None and (wants_gradient or out.shape != output.shape or out.dtype != output.dtype):
+        raise ValueError(
+            f"out must be {list(output.shape)} {output.dtype}, where no gradient is asked for; got {list(out.shape)} "
+            f"{out.dtype}"
+        )
     if wants_gradient or not triton_serves(output) or output.dtype == torch.float64:
-        return merge_gathered_reference(output, lse, parts, part_lses, place)
+        merged = merge_gathered_reference(output, lse, parts, part_lses, place)
+        return merged if out is None else out.copy_(merged)
     from draftattn.kernels import triton_gathered_merge
 
-    return triton_gathered_merge.merge_gathered(output, lse, parts, part_lses, place)
+    return triton_gathered_merge.merge_gathered(output, lse, parts, part_lses, place, out)
 
 
 def merge_gathered_reference(output: Tensor, lse: Tensor, parts: Tensor, part_lses: Tensor, place: Tensor) -> Tensor:
     """``merge_gathered`` in plain torch."""
-    slots = [slot.reshape(-1) for slot in place.unbind(-1)]
-    outputs = [parts.index_select(0, slot).view(1, *output.shape) for slot in slots]
-    lses = [part_lses.index_select(0, slot).view(1, *output.shape[:2]).transpose(1, 2) for slot in slots]
-    return merge_attention([output[None], *outputs], [lse[None], *lses])[0][0]
+    batch, length, heads, _ = output.shape
+    slots = [slot.transpose(1, 2).flatten() for slot in place.unbind(2)]
+    outputs = [parts.index_select(0, slot).view(output.shape) for slot in slots]
+    lses = [part_lses.index_select(0, slot).view(batch, length, heads).transpose(1, 2) for slot in slots]
+    return merge_attention([output, *outputs], [lse, *lses])[0]

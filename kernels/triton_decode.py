@@ -299,11 +299,11 @@ def choose_splits(programs: int, most: int, num_multiprocessors: int) -> int:
 
     >>> choose_splits(programs=64, most=128, num_multiprocessors=132)  # 256 of 264 places
     4
-    >>> choose_splits(programs=300, most=128, num_multiprocessors=132)
-    1
+    >>> choose_splits(programs=300, most=128, num_multiprocessors=132), choose_splits(0, 128, 132)
+    (1, 1)
     """
     places = 2 * num_multiprocessors
-    if 5 * programs >= 4 * places:
+    if programs == 0 or 5 * programs >= 4 * places:
         return 1
 
     def fill(splits: int) -> float:

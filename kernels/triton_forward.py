@@ -313,6 +313,7 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
+@functools.cache  # every call asks
 def choose_tiling(dtype: torch.dtype, head_dim: int, query_rows: int, block_size: int, shared_memory: int) -> Tiling:
     """The tiling for a dtype and head dimension on a GPU with ``shared_memory`` bytes per program.
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from draftattn.errors import InputError
 from draftattn.kernels.block_mask import BlockMask
-from draftattn.kernels.selection import select_largest
+from draftattn.kernels.causal_budget import budget_scores
+from draftattn.kernels.selection import BlockSelection, select_from_rank, select_largest
 from draftattn.pipelines.llm.inputs import CausalInputs
 from draftattn.pipelines.llm.system import SystemConfig
 from draftattn.policy import CallContext
@@ -20,12 +23,15 @@ from draftattn.policy import CallContext
 class DraftPrefillConfig(SystemConfig):
     """Every row of blocks attends to the blocks whose mean key fits its mean query best (DraftAttention's draft).
 
-    The first block (it holds the attention sink) and a row's own block are always among them. All rows keep the same
-    number of blocks, as far as they see so many: long rows are sparser than short ones, and programs finish together.
+    The first block (it holds the attention sink) and a row's own block are always among them. All rows and heads of a
+    layer share its budget: a head that attends broadly gets the blocks that one with few keys in view can spare. See
+    `draftattn.kernels.causal_budget.budget_scores` for how rows are compared.
 
     Args:
         density: share of the causal pairs of a query and a key to compute, in (0, 1].
         block_size: tokens of a block, 16 to 128.
+        budget: ``"layer"``, or ``"row"``: all rows of all heads keep the same number of blocks, as far as they see so
+            many, which leaves long rows sparser than short ones.
         residual: skipped blocks that lie wholly in the past contribute through their mean key and value, as with
             videos. Off by default: it made the perplexity of SmolLM2 a little worse.
     """
@@ -33,6 +39,7 @@ class DraftPrefillConfig(SystemConfig):
     dense_len: int = 4096
     density: float = 0.25
     block_size: int = 128
+    budget: Literal["layer", "row"] = "layer"
     residual: bool = False
 
     def __post_init__(self) -> None:
@@ -40,6 +47,8 @@ class DraftPrefillConfig(SystemConfig):
         if not 0 < self.density <= 1:
             raise InputError(f"density is {self.density}; it must be in (0, 1]")
         check_block_size(self.block_size)
+        if self.budget not in ("layer", "row"):
+            raise InputError(f"budget is {self.budget!r}; choose layer or row")
 
 
 def check_block_size(block_size: int) -> None:
@@ -57,13 +66,16 @@ class DraftRows:
     def __call__(self, inputs: CausalInputs, context: CallContext, scale: float | None = None) -> BlockMask:
         """See `draftattn.pipelines.llm.inputs.CausalPolicy`."""
         del context  # the draft is made anew in every call
-        scores = mean_scores(inputs, scale)
-        rows, columns = scores.shape[-2:]
-        forced = inputs.diagonal.clone()
-        forced[..., 0] = True
-        scores = scores.masked_fill(forced, torch.inf).masked_fill_(~inputs.visible, -torch.inf)
-        kept = blocks_of_rows(self.config.density, columns - rows, rows)
-        chosen = select_largest(scores, kept)
+        scores = budget_scores(mean_scores(inputs, scale), inputs.first_block)
+        batch, heads, rows, columns = scores.shape
+        density = self.config.density
+        if self.config.budget == "row":
+            chosen = select_largest(scores, blocks_of_rows(density, inputs.first_block, rows))
+        else:
+            # all heads as the rows of one, whose blocks are chosen in one go
+            kept = blocks_of_layer(density, inputs.first_block, rows, heads, inputs.block_size)
+            together = select_from_rank(scores.view(batch, 1, heads * rows, columns), heads * rows * columns - kept + 1)
+            chosen = BlockSelection(*(x.view(batch, heads, rows, *x.shape[3:]) for x in together))
         mask = BlockMask(
             chosen.kv_num_blocks, chosen.kv_indices, inputs.query_offsets, inputs.key_offsets, inputs.block_size
         )
@@ -74,10 +86,14 @@ class DraftRows:
 def mean_scores(inputs: CausalInputs, scale: float | None = None) -> Tensor:
     """Scores of mean queries with mean keys, float32 ``[B, H, Q_blocks, K_blocks]``."""
     query, key = inputs.mean_query, inputs.mean_key
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # [B, H_kv, group, Q, D] with [B, H_kv, 1, D, K]
-    grouped = (query * scale).unflatten(2, (key.shape[2], -1)).permute(0, 2, 3, 1, 4)
-    return (grouped @ key.permute(0, 2, 3, 1)[:, :, None]).flatten(1, 2)
+    batch, rows, heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    # the queries of a group are rows of one product, so that no key is copied
+    grouped = query.transpose(1, 2).reshape(batch * key.shape[2], -1, head_dim)
+    scores = torch.baddbmm(
+        query.new_empty(1, 1, 1), grouped, key.permute(0, 2, 3, 1).flatten(0, 1), beta=0, alpha=scale
+    )
+    return scores.view(batch, heads, rows, -1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,3 +119,25 @@ def blocks_of_rows(density: float, first: int, rows: int) -> int:
         else:
             high = middle - 1
     return low
+
+
+@functools.lru_cache(maxsize=64)
+def blocks_of_layer(density: float, first: int, rows: int, heads: int, block_size: int) -> int:
+    """How many blocks all rows of all heads keep together; at least the first one and their own.
+
+    Args:
+        density: share of causal pairs, in (0, 1].
+        first: whole blocks before the first row's own.
+        rows: rows of blocks of a head.
+        heads: heads of the layer.
+        block_size: tokens of a block.
+
+    >>> blocks_of_layer(1.0, 0, 8, 2, 64), blocks_of_layer(0.5, 0, 64, 1, 64), blocks_of_layer(0.01, 0, 64, 1, 64)
+    (72, 1055, 127)
+    """
+    seen = sum(first + row + 1 for row in range(rows))
+    forced = 2 * rows - (first == 0)
+    # pairs above the diagonal of a row's own block, in blocks
+    hidden = rows * (block_size - 1) / (2 * block_size)
+    spare = density * heads * (seen - hidden) - heads * (forced - hidden)
+    return heads * forced + min(max(math.floor(spare + 1e-6), 0), heads * (seen - forced))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from draftattn.errors import InputError
 from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.smallest_set import smallest_set
 from draftattn.pipelines.llm.draft_prefill import check_block_size, mean_scores
 from draftattn.pipelines.llm.inputs import CausalInputs
-from draftattn.pipelines.llm.mass import smallest_set
 from draftattn.pipelines.llm.system import SystemConfig
 from draftattn.pipelines.llm.vertical_slash import vertical_slash_map, vertical_slash_mass
 from draftattn.policy import CallContext
@@ -75,9 +75,10 @@ class FlexPrefillPolicy:
         min_kept = -(-self.config.min_budget // inputs.block_size)
         columns, bands = (smallest_set(mass, gamma, first, min_kept) for mass in (vertical, slash))
         by_lines = vertical_slash_map(inputs, columns, bands)
-        chosen = torch.where(query_aware[..., None, None], by_pairs, by_lines) | inputs.diagonal
+        chosen = torch.where(query_aware[..., None, None], by_pairs, by_lines)
         chosen[..., 0] = True
-        return inputs.block_mask(chosen & inputs.visible)
+        chosen.diagonal(inputs.first_block, -2, -1).fill_(True)
+        return inputs.block_mask(chosen)
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     >>> round(jensen_shannon(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).item(), 4)
     0.6931
     """
-    middle = (first + second) / 2
+    both = torch.stack([first, second])
     # xlogy is 0 where a probability is 0
-    parts = [(torch.xlogy(x, x) - torch.xlogy(x, middle)).sum(-1) for x in (first, second)]
-    return ((parts[0] + parts[1]) / 2).clamp(min=0)
+    divergences = (torch.xlogy(both, both) - torch.xlogy(both, both.mean(0))).sum(-1)
+    return divergences.mean(0).clamp(min=0)

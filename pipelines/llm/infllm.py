@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +13,10 @@ from draftattn.errors import InputError
 from draftattn.kernels.api import block_sparse_attention
 from draftattn.kernels.backends import BackendName, reasons_against
 from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.compressed_lse import compressed_lse
 from draftattn.kernels.compressed_scores import AlwaysChosen, compressed_block_scores
 from draftattn.kernels.selection import select_largest
 from draftattn.pipelines.llm.inputs import even_offsets
-from draftattn.pipelines.llm.nsa_compressed_attention import attend_compressed
-from draftattn.pipelines.llm.nsa_config import NSAConfig
 from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem, SystemConfig
 
 _CHUNK_SCORES = 2**26
@@ -113,21 +114,15 @@ def infllm_attention(
 
 def infllm_mask(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: float) -> BlockMask:
     """The blocks that each group of query heads chooses, a mask per key head. Never waits for the device."""
-    num_queries, num_keys = query.shape[1], key.shape[1]
-    query_block = 1 if num_queries == 1 else config.query_block
-    query_offsets = even_offsets(num_queries, query_block, query.device)
-    key_offsets = even_offsets(num_keys, config.block_size, query.device)
-    num_blocks = key_offsets.shape[0] - 1
-    # where the last query of each block of queries stands
-    position = query_offsets[1:] - 1 + num_keys - num_queries
+    query_block = 1 if query.shape[1] == 1 else config.query_block
+    places = _places(
+        query.shape[1], key.shape[1], query_block, config.block_size, config.window, config.stride, query.device
+    )
+    num_blocks = places.key_offsets.shape[0] - 1
     means = _means_of_blocks(query, query_block)
     windows = compressed_keys(key, config.stride).to(query.dtype)
-    visible = (position + 1 - config.window).div(config.stride, rounding_mode="floor").add_(1).clamp_(min=0)
-    lse = _lse(means, windows, visible, num_keys - num_queries, config, scale)
-    always = AlwaysChosen(
-        position // config.block_size, config.initial_blocks, config.local_tokens // config.block_size
-    )
-    counts, ids = [], []
+    lse = compressed_lse(means, windows, places.visible, scale=scale)
+    chosen = []
     step = max(1, _CHUNK_SCORES // (query.shape[0] * key.shape[2] * num_blocks))
     for start in range(0, means.shape[1], step):
         part = slice(start, start + step)
@@ -135,25 +130,39 @@ def infllm_mask(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: floa
             means[:, part],
             windows,
             lse[:, :, part],
-            visible[part],
+            places.visible[part],
             num_blocks,
             block_width=config.block_size // config.stride,
             key_width=2,
             scale=scale,
             reduce="max",
-            always=always._replace(own=always.own[part]),
+            always=AlwaysChosen(places.own[part], config.initial_blocks, config.local_tokens // config.block_size),
         )
-        chosen = select_largest(scores, min(config.top_k, num_blocks))
-        counts.append(chosen.kv_num_blocks)
-        ids.append(chosen.kv_indices)
+        chosen.append(select_largest(scores, min(config.top_k, num_blocks))[:2])
+    counts, ids = chosen[0] if len(chosen) == 1 else (torch.cat(parts, dim=2) for parts in zip(*chosen, strict=True))
     return BlockMask(
-        torch.cat(counts, dim=2),
-        torch.cat(ids, dim=2),
-        query_offsets,
-        key_offsets,
-        config.block_size,
-        query_block_size=query_block,
+        counts, ids, places.query_offsets, places.key_offsets, config.block_size, query_block_size=query_block
     )
+
+
+class _Places(NamedTuple):
+    """Of blocks of queries and of keys the boundaries; of each block of queries what its last query sees."""
+
+    query_offsets: Tensor
+    key_offsets: Tensor
+    visible: Tensor  # windows that it sees whole
+    own: Tensor  # the key block in which it stands
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached inference tensor would break later autograd
+def _places(
+    num_queries: int, num_keys: int, query_block: int, block_size: int, window: int, stride: int, device: torch.device
+) -> _Places:
+    query_offsets = even_offsets(num_queries, query_block, device)
+    position = query_offsets[1:] - 1 + num_keys - num_queries
+    visible = (position + 1 - window).div(stride, rounding_mode="floor").add_(1).clamp_(min=0)
+    return _Places(query_offsets, even_offsets(num_keys, block_size, device), visible, position // block_size)
 
 
 def compressed_keys(key: Tensor, stride: int) -> Tensor:
@@ -166,32 +175,6 @@ def compressed_keys(key: Tensor, stride: int) -> Tensor:
     whole = key.shape[1] // stride
     strides = key[:, : whole * stride].unflatten(1, (whole, stride)).mean(2, dtype=dtype)
     return (strides[:, :-1] + strides[:, 1:]) / 2
-
-
-def _lse(
-    query: Tensor, windows: Tensor, visible: Tensor, query_offset: int, config: InfLLMConfig, scale: float
-) -> Tensor:
-    """Log-sum-exp of every query ``[B, N, H, D]`` over the windows that it sees, ``[B, H, N]``."""
-    batch, length, heads, _ = query.shape
-    count, kv_heads = windows.shape[1:3]
-    if query.is_cuda and config.query_block == 1 and length > 1 and count:
-        # queries of every token are too many for their scores to be written
-        staircase = NSAConfig(
-            compression_block=config.window, compression_stride=config.stride, block_size=config.block_size
-        )
-        return attend_compressed(query, windows, windows, query_offset, staircase, scale)[1]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    if count == 0:
-        return query.new_full((batch, heads, length), -torch.inf, dtype=dtype)
-    column = torch.arange(count, device=query.device)
-    step = max(1, _CHUNK_SCORES // (batch * heads * count))
-    parts = []
-    for start in range(0, length, step):
-        grouped = query[:, start : start + step].unflatten(2, (kv_heads, -1))
-        scores = torch.einsum("bthgd,bchd->bhgtc", grouped, windows).to(dtype) * scale
-        unseen = column >= visible[start : start + step, None]
-        parts.append(scores.masked_fill_(unseen, -torch.inf).logsumexp(-1).flatten(1, 2))
-    return torch.cat(parts, dim=-1)
 
 
 def _means_of_blocks(query: Tensor, query_block: int) -> Tensor:

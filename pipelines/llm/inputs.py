@@ -11,7 +11,6 @@ from torch import Tensor
 
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.pooling import PoolRequest, pool_together
-from draftattn.kernels.windows import aligned_to_the_end, visible_blocks
 from draftattn.policy import CallContext
 
 
@@ -25,6 +24,7 @@ def even_offsets(length: int, block_size: int, device: torch.device | str) -> Te
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a kept inference tensor would break later autograd
 def _even_offsets(length: int, block_size: int, device: torch.device) -> Tensor:
     count = -(-length // block_size)
     steps = torch.arange(count + 1, dtype=torch.int32, device=device) * block_size
@@ -65,15 +65,17 @@ class CausalInputs:
     def key_offsets(self) -> Tensor:
         """int32 ``[K_blocks + 1]``."""
         if "key_offsets" not in self._made:
-            self._made["key_offsets"] = even_offsets(self.key.shape[1], self.block_size, self.key.device)
+            self._made["key_offsets"] = _even_offsets(self.key.shape[1], self.block_size, self.key.device)
         return self._made["key_offsets"]
 
     @property
     def query_offsets(self) -> Tensor:
         """int32 ``[Q_blocks + 1]``: the key blocks' boundaries from the first query on."""
         if "query_offsets" not in self._made:
-            own = self.key_offsets[self.first_block :] - self.query_offset
-            self._made["query_offsets"] = own.clamp(min=0)
+            own = self.key_offsets
+            if self.query_offset:
+                own = (own[self.first_block :] - self.query_offset).clamp_(min=0)
+            self._made["query_offsets"] = own
         return self._made["query_offsets"]
 
     @property
@@ -91,18 +93,12 @@ class CausalInputs:
     @property
     def visible(self) -> Tensor:
         """bool ``[1, 1, Q_blocks, K_blocks]``: block pairs in which some query sees some key."""
-        if "visible" not in self._made:
-            shifts = aligned_to_the_end(self.query_offsets, self.key_offsets)
-            self._made["visible"] = visible_blocks(self.query_offsets, self.key_offsets, shifts, causal=True)
-        return self._made["visible"]
+        return self._own_and_before()[1]
 
     @property
     def diagonal(self) -> Tensor:
         """bool ``[1, 1, Q_blocks, K_blocks]``: each query block's own key block."""
-        rows = self.query_offsets.shape[0] - 1
-        columns = torch.arange(self.key_offsets.shape[0] - 1, device=self.key.device)
-        own = torch.arange(rows, device=self.key.device) + self.first_block
-        return (columns == own[:, None])[None, None]
+        return self._own_and_before()[0]
 
     def block_mask(self, block_map: Tensor, max_blocks_per_row: int | None = None) -> BlockMask:
         """A mask over these blocks, of a map bool ``[B | 1, H | H_kv | 1, Q_blocks, K_blocks]``."""
@@ -110,12 +106,24 @@ class CausalInputs:
             block_map, self.query_offsets, self.key_offsets, self.block_size, max_blocks_per_row
         )
 
+    def _own_and_before(self) -> tuple[Tensor, Tensor]:
+        return _own_and_before(self.first_block, self.key_offsets.shape[0] - 1, self.key.device)
+
     def _pool(self) -> None:
         if "mean_query" in self._made:
             return
         requests = [PoolRequest(self.query, self.query_offsets), PoolRequest(self.key, self.key_offsets)]
         query, key = pool_together(requests, self.block_size)
         self._made.update(mean_query=query.mean, mean_key=key.mean)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _own_and_before(first: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which key block is each row's own, and which it sees, of the rows from a block to the last."""
+    column = torch.arange(columns, device=device)
+    own = column[first:, None]
+    return (column == own)[None, None], (column <= own)[None, None]
 
 
 class CausalPolicy(Protocol):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,15 @@ from torch import Tensor
 from draftattn.errors import InputError
 from draftattn.kernels.api import block_sparse_attention
 from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.gathered_choice import choose_chunks, choose_chunks_reference
 from draftattn.kernels.gathered_merge import merge_gathered
-from draftattn.kernels.varlen import varlen_offsets
+from draftattn.kernels.gathered_queries import gather_queries, gathered_mask
 from draftattn.pipelines.llm.dense import dense_attention
 from draftattn.pipelines.llm.density import causal_pairs
 from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem, SystemConfig
+
+# of gathered queries that exist at once; their outputs take as much again
+_GATHERED_BYTES = 3 * 2**29
 
 
 @dataclass(frozen=True)
@@ -111,21 +116,28 @@ def moba_attention(
     own, own_lse = _own_chunks(query, key, value, chunk_size, top_k, scale)
     if top_k == 1 or first == num_queries:
         return own
-    # a key head at a time: gathered queries are top_k times as large as the queries of its group
-    group = query.shape[2] // key.shape[2]
-    items = []
-    for item in range(query.shape[0]):
-        heads = []
-        for kv_head in range(key.shape[2]):
-            of_group = slice(kv_head * group, (kv_head + 1) * group)
-            parts = _chosen_chunks(
-                query[item, first:, of_group], key[item, :, kv_head], value[item, :, kv_head], offset + first,
-                chunk_size, top_k, force_first, scale,
-            )  # fmt: skip
-            heads.append(merge_gathered(own[item, first:, of_group], own_lse[item, of_group, first:], *parts))
-        items.append(torch.cat(heads, dim=1))
-    rest = torch.stack(items)
-    return rest if first == 0 else torch.cat([own[:, :first], rest], dim=1)
+    batch, _, kv_heads, head_dim = key.shape
+    group = query.shape[2] // kv_heads
+    # gathered queries are top_k - 1 times as large as the queries, so that all of them may be too many
+    fitting = _GATHERED_BYTES // (group * (top_k - 1) * head_dim * query.element_size())
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if wants_gradient:
+        # the backward pass transposes the mask, whose rows and columns both grow with every key head
+        fitting = num_queries - first
+    merged = own.clone() if wants_gradient else own
+    for items, tokens, heads in _portions(batch, num_queries - first, kv_heads, fitting):
+        tokens = slice(first + tokens.start, first + tokens.stop)
+        part = items, tokens, slice(heads.start * group, heads.stop * group)
+        chosen = _chosen_chunks(
+            query[part], key[items, :, heads], value[items, :, heads], offset + tokens.start,
+            chunk_size, top_k, force_first, scale,
+        )  # fmt: skip
+        lse = own_lse[items, part[2], tokens]
+        if wants_gradient:
+            merged[part] = merge_gathered(own[part], lse, *chosen)
+        else:
+            merge_gathered(own[part], lse, *chosen, out=own[part])
+    return merged
 
 
 def moba_pairs(num_queries: int, num_keys: int, chunk_size: int, top_k: int) -> int:
@@ -157,58 +169,16 @@ def moba_choice(
     Returns:
         int64 ``[N, H, top_k - 1]``, best first.
     """
-    past = (key.shape[0] - 1) // chunk_size  # the last chunk is nobody's past
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    means = key[: past * chunk_size].unflatten(0, (past, chunk_size)).mean(1, dtype=dtype)
-    gate = torch.einsum("nhd,cd->nhc", query.to(means.dtype), means)
-    chunk = torch.arange(means.shape[0], device=key.device)
-    if force_first:
-        gate[..., 0] = torch.inf
-    gate = gate.masked_fill(chunk >= (position // chunk_size)[:, None, None], -torch.inf)
-    return gate.topk(top_k - 1, dim=-1).indices
+    choice = choose_chunks_reference(query[None], key[None, :, None], position, chunk_size, top_k - 1, force_first)
+    return choice[0, 0].permute(1, 2, 0).long()
 
 
 def _own_chunks(
     query: Tensor, key: Tensor, value: Tensor, chunk_size: int, top_k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within the own chunk; for queries of the first ``top_k`` chunks to all before, too."""
-    num_queries, num_keys = query.shape[1], key.shape[1]
-    key_offsets, key_chunk = _chunk_blocks(0, num_keys, chunk_size, key.device)
-    query_offsets, query_chunk = _chunk_blocks(num_keys - num_queries, num_keys, chunk_size, key.device)
-    query_chunk = query_chunk[:, None]
-    block_map = (key_chunk == query_chunk) | ((key_chunk < query_chunk) & (query_chunk < top_k))
-    mask = BlockMask.from_block_map(block_map[None, None], query_offsets, key_offsets)
+    mask = _own_mask(query.shape[1], key.shape[1], chunk_size, top_k, query.device)
     return block_sparse_attention(query, key, value, mask, scale=scale, causal=True, return_lse=True)
-
-
-@functools.lru_cache(maxsize=16)
-def _chunk_blocks(start: int, end: int, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Blocks of at most 128 tokens that no boundary of chunks divides: offsets from ``start`` on, and their chunks."""
-    chunks = [range(max(i, start), min(i + chunk_size, end)) for i in range(0, end, chunk_size)]
-    pieces = [(first - start, i) for i, chunk in enumerate(chunks) for first in chunk[::128]]
-    offsets = torch.tensor([*(first for first, _ in pieces), end - start], dtype=torch.int32)
-    chunk_of = torch.tensor([i for _, i in pieces], dtype=torch.int32)
-    return offsets.to(device, non_blocking=True), chunk_of.to(device, non_blocking=True)
-
-
-class _Gathered(NamedTuple):
-    """Pairs of a query and a head, once per chunk they chose, in the order of the chunks."""
-
-    row: Tensor  # index into the flattened pairs
-    place: Tensor  # of each pair and slot, where it went, [pairs, slots]
-    cu_seqlens: Tensor  # where the pairs of each chunk begin
-
-
-def _gather(choice: Tensor, num_chunks: int) -> _Gathered:
-    slots = choice.shape[-1]
-    flat = choice.reshape(-1)
-    order = flat.argsort(stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    counts = torch.zeros(num_chunks, dtype=torch.int32, device=flat.device)
-    counts.index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    return _Gathered(order // slots, place.view(-1, slots), cu_seqlens)
 
 
 def _chosen_chunks(
@@ -221,28 +191,71 @@ def _chosen_chunks(
     force_first: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of ``[N, group, D]`` queries to each chunk they chose, in the order of the chunks.
+    """Attention of ``[B, N, H, D]`` queries to each chunk they chose, in the order of heads and chunks.
 
-    Outputs ``[T, D]``, LSEs ``[T]``, and where those of each query and head are, ``[N, group, top_k - 1]``.
+    Outputs ``[T, D]``, LSEs ``[T]``, and where those of each query and head are, ``[B, H_kv, top_k - 1, N, G]``.
     """
-    num_queries, group, head_dim = query.shape
-    num_chunks = -(-key.shape[0] // chunk_size)
-    position = torch.arange(first_position, first_position + num_queries, device=query.device)
+    batch, num_keys, kv_heads, head_dim = key.shape
+    past = (num_keys - 1) // chunk_size
     with torch.no_grad():
-        choice = moba_choice(query, key, position, chunk_size=chunk_size, top_k=top_k, force_first=force_first)
-        gathered = _gather(choice, num_chunks)
-        total = choice.numel()
-        query_offsets, chunk = varlen_offsets(gathered.cu_seqlens, total)
-        key_offsets, _ = _chunk_blocks(0, key.shape[0], chunk_size, key.device)
-        # a chunk's blocks follow each other; the last chunk, where blocks may be fewer, is nobody's past
-        per_chunk = -(-chunk_size // 128)
-        counts = torch.full_like(chunk, per_chunk)
-        ids = chunk.clamp(max=num_chunks - 2)[:, None] * per_chunk + torch.arange(
-            per_chunk, dtype=torch.int32, device=key.device
+        place, cu_seqlens = choose_chunks(
+            query,
+            key,
+            first_position=first_position,
+            chunk_size=chunk_size,
+            num_chosen=top_k - 1,
+            force_first=force_first,
         )
-        mask = BlockMask(counts[None, None], ids[None, None], query_offsets, key_offsets)
-    packed = query.reshape(-1, head_dim).index_select(0, gathered.row)
-    output, lse = block_sparse_attention(
-        packed[None, :, None], key[None, :, None], value[None, :, None], mask, scale=scale, return_lse=True
-    )
-    return output[0, :, 0], lse[0, 0], gathered.place.view(num_queries, group, -1)
+        key_offsets = _key_offsets(batch * kv_heads, num_keys, chunk_size, key.device)
+        mask = gathered_mask(cu_seqlens, place.numel(), past, -(-chunk_size // 128), key_offsets)
+    gathered = gather_queries(query, place)
+    # the keys of all items and heads as one sequence, a copy only where there are several
+    key, value = (x.transpose(1, 2).reshape(1, -1, 1, head_dim) for x in (key, value))
+    output, lse = block_sparse_attention(gathered[None, :, None], key, value, mask, scale=scale, return_lse=True)
+    return output[0, :, 0], lse[0, 0], place
+
+
+def _portions(batch: int, tokens: int, kv_heads: int, fitting: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of items, tokens and key heads of which each has at most ``fitting`` tokens, counted per key head.
+
+    >>> [[(x.start, x.stop) for x in part] for part in _portions(2, 10, 3, 20)]
+    [[(0, 1), (0, 10), (0, 2)], [(0, 1), (0, 10), (2, 3)], [(1, 2), (0, 10), (0, 2)], [(1, 2), (0, 10), (2, 3)]]
+    """
+    units = max(fitting // tokens, 1)
+    sizes = (batch, units // kv_heads), (tokens, fitting), (kv_heads, units)
+    return itertools.product(*(_slices(total, max(most, 1)) for total, most in sizes))
+
+
+def _slices(total: int, most: int) -> list[slice]:
+    size = -(-total // -(-total // most))
+    return [slice(i, min(i + size, total)) for i in range(0, total, size)]
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # cached inference tensors would break later autograd
+def _own_mask(num_queries: int, num_keys: int, chunk_size: int, top_k: int, device: torch.device) -> BlockMask:
+    """A query's own chunk; for queries of the first ``top_k`` chunks all before, too."""
+    key_offsets, key_chunk = _chunk_blocks(0, num_keys, chunk_size, device)
+    query_offsets, query_chunk = _chunk_blocks(num_keys - num_queries, num_keys, chunk_size, device)
+    query_chunk = query_chunk[:, None]
+    block_map = (key_chunk == query_chunk) | ((key_chunk < query_chunk) & (query_chunk < top_k))
+    most = -(-chunk_size // 128) * top_k
+    return BlockMask.from_block_map(block_map[None, None], query_offsets, key_offsets, 128, most)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _key_offsets(units: int, num_keys: int, chunk_size: int, device: torch.device) -> Tensor:
+    """Boundaries of the key blocks of several heads, one after the other."""
+    starts = _chunk_blocks(0, num_keys, chunk_size, device)[0][:-1]
+    offsets = (torch.arange(units, dtype=torch.int32, device=device)[:, None] * num_keys + starts).flatten()
+    return torch.nn.functional.pad(offsets, (0, 1), value=units * num_keys)
+
+
+def _chunk_blocks(start: int, end: int, chunk_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Blocks of at most 128 tokens that no boundary of chunks divides: offsets from ``start`` on, and their chunks."""
+    chunks = [range(max(i, start), min(i + chunk_size, end)) for i in range(0, end, chunk_size)]
+    pieces = [(first - start, i) for i, chunk in enumerate(chunks) for first in chunk[::128]]
+    offsets = torch.tensor([*(first for first, _ in pieces), end - start], dtype=torch.int32)
+    chunk_of = torch.tensor([i for _, i in pieces], dtype=torch.int32)
+    return offsets.to(device, non_blocking=True), chunk_of.to(device, non_blocking=True)

@@ -17,8 +17,9 @@ from draftattn.pipelines.llm.apply import apply, attention_layers
 from draftattn.pipelines.llm.attention import token_ranges
 from draftattn.pipelines.llm.ranges import TokenRanges
 from draftattn.pipelines.llm.streaming_attention import streaming_attention
-from draftattn.pipelines.llm.streaming_cache import SinkCache, SinkLayer, Stream
+from draftattn.pipelines.llm.streaming_cache import SinkCache
 from draftattn.pipelines.llm.streaming_config import StreamingConfig, check_own_window
+from draftattn.pipelines.llm.streaming_layer import SinkLayer, Stream
 from draftattn.pipelines.llm.streaming_rotary import rotary_turn
 from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem, SystemConfig
 
@@ -139,8 +140,9 @@ class _Enter:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if args:
+            names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         use_cache = kwargs.get("use_cache")
         use_cache = module.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
         cache = self._cache_for(kwargs.get("past_key_values"), bool(use_cache))

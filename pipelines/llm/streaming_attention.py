@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from draftattn.kernels.api import block_sparse_attention
-from draftattn.kernels.merge import merge_attention
+from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.sink_merge import merge_sinks
 from draftattn.kernels.windows import sliding_window_mask
+from draftattn.pipelines.llm.dense import dense_attention
 from draftattn.pipelines.llm.streaming_config import StreamingConfig
 from draftattn.pipelines.llm.streaming_rotary import RotaryTurn
 
-_ROWS = 8192  # queries whose part of the sinks is computed at once
 _BLOCK = 128
 
 
@@ -33,8 +35,8 @@ def streaming_attention(
 
     The token at position ``p`` sees the tokens ``p - window`` to ``p``, and of those before them the first ``sink``,
     as if the others between had never been: these stand right before the window. So the result does not depend on how
-    a text is cut into chunks. The window is one call of the block-sparse kernel; for the sinks every query is turned
-    back by the number of tokens that it no longer sees, and the two parts are merged by their LSE.
+    a text is cut into chunks. The window is one call of the block-sparse kernel, and `merge_sinks` adds the sinks to
+    it. What depends on lengths only is made once for all layers.
 
     Args:
         query: ``[B, N, H, D]``, rotated.
@@ -55,71 +57,56 @@ def streaming_attention(
     batch, length = query.shape[:2]
     paddings = [0] * batch if padding is None else list(padding)
     num_kept = key.shape[1] - num_sinks - length
-    device = query.device
+    if not seen and not any(paddings) and length <= config.size + 1:  # nothing is forgotten
+        return dense_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     # where each item's text begins among the last M keys
     starts = [max(0, before - (seen - num_kept)) for before in paddings]
-    mask = sliding_window_mask(
-        _offsets(0, length, device),
-        torch.stack([_offsets(start, num_kept + length, device) for start in starts])
-        if any(starts)
-        else _offsets(0, num_kept + length, device),
-        config.window + 1,
-        query_shifts=torch.full((-(-length // _BLOCK),), num_kept, dtype=torch.int32, device=device),
-        max_blocks_per_row=-(-config.window // _BLOCK) + 2,
-    )
+    mask = _window_mask(length, num_kept, tuple(starts) if any(starts) else (0,), config.window, query.device)
     near = key[:, num_sinks:], value[:, num_sinks:]
-    first = max(0, config.window + 1 + min(paddings) - seen)  # earlier queries have all of their text in the window
-    if not config.sink or first >= length:
+    if not config.sink or seen + length - min(paddings) <= config.window + 1:  # no query is past its window
         return block_sparse_attention(query, *near, mask, scale=scale, causal=True)
     output, lse = block_sparse_attention(query, *near, mask, scale=scale, causal=True, return_lse=True)
     real_sinks = [min(num_sinks, max(0, seen - num_kept - before)) for before in paddings]
-    sink_starts = [num_sinks - real + start for real, start in zip(real_sinks, starts, strict=True)]
-    sinks = [_run_of_items(x, sink_starts, config.sink) for x in (key, value)]
-    parts = [output[:, :first]]
-    before = torch.tensor(paddings, device=device)[:, None]
-    for begin in range(first, length, _ROWS):
-        rows = slice(begin, min(begin + _ROWS, length))
-        position = torch.arange(seen + rows.start, seen + rows.stop, device=device) - before
-        part = _attend_to_sinks(query[:, rows], sinks[0], sinks[1], position, seen - before, config, turn, scale)
-        parts.append(merge_attention([output[:, rows], part[0]], [lse[:, :, rows], part[1]])[0])
-    return torch.cat(parts, dim=1)
+    first_sinks = [num_sinks - real + start for real, start in zip(real_sinks, starts, strict=True)]
+    # once places are full, only the distance between queries counts
+    positions = [min(seen - before, config.size) for before in paddings]
+    return merge_sinks(
+        output,
+        lse,
+        query,
+        key,
+        value,
+        _ints(tuple(first_sinks), query.device),
+        _ints(tuple(positions), query.device),
+        turn.frequencies(query.device),
+        sink=config.sink,
+        window=config.window,
+        scale=scale,
+    )
 
 
-def _attend_to_sinks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    first_position: Tensor,
-    config: StreamingConfig,
-    turn: RotaryTurn,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and LSE of queries ``[B, n, H, D]`` at ``position`` ``[B, n]`` over the sinks before their window."""
-    away = [(x - config.size).clamp(min=0) for x in (position, first_position)]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    turned = turn(query.to(dtype), away[1] - away[0]).unflatten(2, (key.shape[2], -1))
-    scores = torch.einsum("bnkgd,bskd->bkgns", turned, key.to(dtype))
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    sink = torch.arange(key.shape[1], device=query.device)
-    seen = sink < position[..., None] - config.window  # [B, n, sink]
-    seen = seen[:, None, None]
-    scores = scores.masked_fill(~seen, -torch.inf)
-    blind = ~seen.any(-1)
-    lse = scores.masked_fill(blind[..., None], 0.0).logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().masked_fill(~seen, 0.0)
-    output = torch.einsum("bkgns,bskd->bnkgd", weights, value.to(dtype)).flatten(2, 3)
-    return output.to(query.dtype), lse.masked_fill(blind, -torch.inf).flatten(1, 2)
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a cached inference tensor would break later autograd
+def _window_mask(length: int, num_kept: int, starts: tuple[int, ...], window: int, device: torch.device) -> BlockMask:
+    """The window's blocks for new queries after tokens kept; keys before each item's start are left out."""
+    key_offsets = [_offsets(start, num_kept + length, device) for start in starts]
+    return sliding_window_mask(
+        _offsets(0, length, device),
+        key_offsets[0] if len(starts) == 1 else torch.stack(key_offsets),
+        window + 1,
+        query_shifts=torch.full((-(-length // _BLOCK),), num_kept, dtype=torch.int32, device=device),
+        max_blocks_per_row=-(-window // _BLOCK) + 2,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _ints(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """``[B]`` on a device, without a wait for it."""
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def _offsets(start: int, end: int, device: torch.device) -> Tensor:
     """Blocks of the tokens ``start : end``, as many as there would be without ``start``."""
     blocks = torch.arange(-(-end // _BLOCK) + 1, dtype=torch.int32, device=device) * _BLOCK
     return (blocks + start).clamp_(max=end)
-
-
-def _run_of_items(x: Tensor, starts: Sequence[int], count: int) -> Tensor:
-    """``count`` tokens of ``x`` ``[B, N, H, D]`` from each item's own start; the last one again past the end."""
-    index = torch.tensor(starts, device=x.device)[:, None] + torch.arange(count, device=x.device)
-    index = index.clamp_(max=x.shape[1] - 1)[..., None, None].expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)

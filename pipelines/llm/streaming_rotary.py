@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from draftattn.errors import InputError
+from draftattn.kernels.rotary import turn_angles, turn_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +39,13 @@ class RotaryTurn:
     def __init__(self, inv_freq: Tensor, scaling: float = 1.0) -> None:
         self.scaling = scaling
         frequencies = inv_freq.detach().double().cpu()
-        self._half = len(frequencies)
         self._frequencies = {frequencies.device: frequencies}  # a copy for every device, for moving them waits
         self._last: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def half(self) -> int:
+        """Pairs of channels that are turned, ``r``."""
+        return len(self.frequencies(torch.device("cpu")))
 
     def __call__(self, x: Tensor, positions: Tensor | Sequence[int]) -> Tensor:
         """``x`` moved ahead by ``positions``.
@@ -53,31 +58,32 @@ class RotaryTurn:
             A tensor like ``x``; the product is taken in float32 (float64 for float64).
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = self._cos_sin(positions, x.device, dtype)
-        first, second, rest = x.split([self._half, self._half, x.shape[-1] - 2 * self._half], dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-        return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
-
-    def _cos_sin(
-        self, positions: Tensor | Sequence[int], device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, ``[B | 1, N | 1, 1, r]``; of equal items the last ones are kept for the next layer."""
         if isinstance(positions, Tensor):
-            return self._angles(positions.to(device), dtype)
-        wanted = (tuple(positions), device, dtype)
-        if self._last is None or self._last[0] != wanted:
-            cos, sin = self._angles(torch.tensor(positions)[:, None], dtype)
-            self._last = wanted, (cos.to(device), sin.to(device))
-        return self._last[1]
+            cos, sin = turn_angles(positions.to(x.device)[..., None], self.frequencies(x.device), dtype)
+        else:
+            cos, sin = self.angles_of_items(positions, x.device, dtype)
+        return turn_pairs(x, cos, sin)
 
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # float32 would lose the fraction of a turn after some ten thousand positions
-        device = positions.device
+    def frequencies(self, device: torch.device) -> Tensor:
+        """The angles of one position, float64 ``[r]``."""
         if device not in self._frequencies:
-            self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
-        angles = positions.double()[..., None, None] * self._frequencies[device]
-        angles = angles.remainder(2 * torch.pi).to(dtype)
-        return angles.cos(), angles.sin()
+            with torch.inference_mode(False):  # a kept inference tensor would break later autograd
+                self._frequencies[device] = self._frequencies[torch.device("cpu")].to(device)
+        return self._frequencies[device]
+
+    def angles_of_items(
+        self, positions: Sequence[int], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for one position per batch item, ``[B, 1, 1, r]``. The last ones are kept: layers share them.
+
+        The host does not wait for the device.
+        """
+        wanted = tuple(positions), device, dtype
+        if self._last is None or self._last[0] != wanted:
+            with torch.inference_mode(False):
+                there = torch.tensor(positions)[:, None, None].to(device, non_blocking=True)
+                self._last = wanted, turn_angles(there, self.frequencies(device), dtype)
+        return self._last[1]
 
 
 def rotary_turn(model: PreTrainedModel) -> RotaryTurn:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from draftattn.errors import InputError
 from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.selection import select_largest
+from draftattn.kernels.split_block_lse import split_block_lse
 from draftattn.pipelines.llm.draft_prefill import check_block_size
 from draftattn.pipelines.llm.inputs import CausalInputs
 from draftattn.pipelines.llm.system import SystemConfig
@@ -68,45 +70,33 @@ def vertical_slash_mass(inputs: CausalInputs, last_queries: int, scale: float | 
     Entry ``d`` of the second is the attention at distances ``d * block_size`` to ``(d + 1) * block_size - 1``. Both
     are averaged over the queries, so that each sums to 1.
     """
-    query, key = inputs.query[:, -last_queries:], inputs.key
-    count, num_keys = query.shape[1], key.shape[1]
-    scale = key.shape[-1] ** -0.5 if scale is None else scale
-    columns = inputs.key_offsets.shape[0] - 1
-    padding = columns * inputs.block_size - num_keys
-    position = torch.arange(num_keys - count, num_keys, device=key.device)
-    hidden = torch.arange(num_keys, device=key.device) > position[:, None]
-    vertical, slash = [], []
-    # a key head at a time: its probabilities are as large as a copy of the keys
-    for head, queries in enumerate(query.unflatten(2, (key.shape[2], -1)).unbind(2)):
-        scores = torch.einsum("bqgd,bkd->bgqk", queries, key[:, :, head]).float() * scale
-        shares = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-        by_key = shares.sum(-2) / count
-        # Reversed and padded by a row's length, rows stored one place shorter slide by one from row to row: a distance
-        # comes to stand in one column.
-        skewed = F.pad(shares.flip(-1), (0, count)).flatten(-2)[..., :-count]
-        by_distance = skewed.unflatten(-1, (count, num_keys + count - 1)).sum(-2)[..., count - 1 :] / count
-        vertical.append(by_key)
-        slash.append(by_distance)
-    by_block = (
-        F.pad(torch.cat(parts, dim=1), (0, padding)).unflatten(-1, (columns, -1)).sum(-1) for parts in (vertical, slash)
-    )
-    by_key, by_distance = by_block
-    return by_key, by_distance
+    query, size = inputs.query[:, -last_queries:], inputs.block_size
+    lse = split_block_lse(query, inputs.key, size, scale=scale)
+    until, behind = lse.flatten(-2).softmax(-1).unflatten(-1, (2, -1)).unbind(-2)
+    by_key = (until + behind).mean(2)
+    # keys behind a query's own place in a block are one band nearer, as is the whole of the next block
+    until[..., 1:].add_(behind[..., :-1])
+    first = inputs.key.shape[1] - query.shape[1]
+    by_distance = torch.zeros_like(by_key)
+    # of queries in one block the bands are the blocks, from the own one backwards
+    for own in range(first // size, by_key.shape[-1]):
+        of_block = until[:, :, max(own * size - first, 0) : (own + 1) * size - first, : own + 1]
+        by_distance[..., : own + 1].add_(of_block.sum(2).flip(-1))
+    return by_key, by_distance.div_(query.shape[1])
 
 
 def vertical_slash_map(inputs: CausalInputs, columns: Tensor, bands: Tensor) -> Tensor:
-    """The block map of chosen key blocks and bands of distances, both bool ``[B, H, K_blocks]``."""
-    rows = inputs.query_offsets.shape[0] - 1
-    block = torch.arange(columns.shape[-1], device=columns.device)
-    distance = (torch.arange(rows, device=columns.device) + inputs.first_block)[:, None] - block
+    """The causal block map of chosen key blocks and bands of distances, both bool ``[B, H, K_blocks]``."""
+    num_blocks = columns.shape[-1]
+    rows = num_blocks - inputs.first_block
     diagonals = bands | F.pad(bands, (1, 0))[..., :-1]
-    near = diagonals[..., distance.clamp(min=0)]
-    return (columns[:, :, None] | near) & inputs.visible
+    # a row of the map is the diagonals backwards, and begins one place earlier than that of the row above
+    near = F.pad(diagonals.flip(-1), (0, rows - 1)).unfold(-1, num_blocks, 1).flip(-2)
+    return columns[:, :, None].expand(-1, -1, rows, -1).tril(inputs.first_block).logical_or_(near)
 
 
 def _largest(mass: Tensor, count: int) -> Tensor:
     """The largest entries of a row, the first always among them, as a map."""
     mass = mass.clone()
     mass[..., 0] = torch.inf
-    best = mass.topk(min(count, mass.shape[-1]), dim=-1).indices
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, True)
+    return select_largest(mass[:, :, None], min(count, mass.shape[-1])).block_map[:, :, 0]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from draftattn.cli.app import app
 from draftattn.errors import InputError
 from draftattn.eval import bench_llm
+from draftattn.eval.dense_yardstick import dense_yardstick
 from draftattn.eval.language_models import load_language_model
 from draftattn.eval.llm_gate import check_system, small_call
 from draftattn.eval.llm_specs import SystemSpec, density_sweep, parse_spec, parse_specs
@@ -123,7 +124,7 @@ def test_a_sweep_holds_every_system_at_falling_densities(folder: Path, text: Pat
     for length in (2048, 4096, 8192):
         specs = density_sweep(length)
         assert {spec.name for spec in specs} == wanted
-        assert len(set(specs)) == len(specs) == 24
+        assert len(set(specs)) == len(specs) == 27
     with pytest.raises(InputError, match="length is 2000; a sweep of densities needs 2048"):
         density_sweep(2000)
     letters = tmp_path / "letters.txt"
@@ -136,13 +137,15 @@ def test_a_sweep_holds_every_system_at_falling_densities(folder: Path, text: Pat
     assert found["model"] == folder.name
     by_system: dict[str, list[float]] = {}
     for row in found["rows"]:
-        by_system.setdefault(f"{row['system']} {row['options'].get('force_first')}", []).append(row["density"])
+        kind = row["options"].get("force_first", row["options"].get("budget"))
+        by_system.setdefault(f"{row['system']} {kind}", []).append(row["density"])
     for system, densities in by_system.items():
         assert densities == sorted(densities, reverse=True), system
         assert system == "dense None" or 0 < densities[-1] < 1, system
     drawn = plot.read_text()
     assert "<!-- moba (force_first) -->" in drawn
     assert "<!-- moba -->" in drawn
+    assert "<!-- draft (budget row) -->" in drawn
 
 
 def test_generate_command(folder: Path, text: Path) -> None:
@@ -205,7 +208,7 @@ def test_moba_is_checked_where_it_leaves_chunks_out(monkeypatch: pytest.MonkeyPa
 
 def test_the_yardstick_serves_grouped_heads_where_a_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     call = bench_llm.random_call(bench_llm.AttentionShape(6, 2, 16), 40, torch.float32, DEVICE)
-    expected = bench_llm.dense_yardstick(call)()
+    expected = dense_yardstick(call.query, call.key, call.value)()
     stock = torch.nn.functional.scaled_dot_product_attention
 
     def no_groups(*arguments: Any, enable_gqa: bool = False, **options: Any) -> Any:
@@ -214,7 +217,7 @@ def test_the_yardstick_serves_grouped_heads_where_a_kernel_does_not(monkeypatch:
         return stock(*arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_groups)
-    torch.testing.assert_close(bench_llm.dense_yardstick(call)(), expected)
+    torch.testing.assert_close(dense_yardstick(call.query, call.key, call.value)(), expected)
 
 
 def prefill_density(options: dict[str, Any]) -> float:

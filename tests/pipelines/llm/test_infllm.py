@@ -111,6 +111,20 @@ def test_gradients_flow_through_the_chosen_blocks(lm: SimpleNamespace) -> None:
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+def test_places_kept_from_inference_serve_gradients(lm: SimpleNamespace) -> None:
+    query, key, value = tensors(lm, 51, 77)
+    with torch.inference_mode():
+        first = infllm_attention(query, key, value, SMALL)
+    query = query.requires_grad_()
+    second = infllm_attention(query, key, value, SMALL)
+    assert torch.allclose(first, second, atol=1e-6)
+    second.sum().backward()
+    assert query.grad is not None
+    places = infllm_mask(query, key, SMALL, scale=0.25)
+    assert not places.query_offsets.is_inference()
+    assert not places.key_offsets.is_inference()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from draftattn.errors import InputError
-from draftattn.pipelines.llm import apply
+from draftattn.kernels import gathered_choice, gathered_merge, gathered_queries
+from draftattn.pipelines.llm import apply, moba
 from draftattn.pipelines.llm.dense import dense_attention
 from draftattn.pipelines.llm.moba import MobaConfig, moba_attention, moba_pairs
 
@@ -76,6 +77,38 @@ def test_moba_equals_a_masked_softmax_forward_and_backward(
     ours = run(lambda *x: moba_attention(*x, **options), torch.float32)
     for name, mine, theirs, truth in zip(("output", "query", "key", "value"), ours, torchs, exact, strict=True):
         assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + 1e-7, name
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys", "chunk_size", "top_k", "force_first"), CASES)
+@pytest.mark.parametrize("pairs", [30, 100, 10**6])  # of a query and a chunk that are gathered at once
+def test_without_gradients_parts_of_any_size_give_the_same(
+    lm: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    pairs: int,
+    num_queries: int,
+    num_keys: int,
+    chunk_size: int,
+    top_k: int,
+    force_first: bool,
+) -> None:
+    """The kernels of a GPU, interpreted where there is none, in parts of items, tokens and heads."""
+    pytest.importorskip("triton")
+    for module in (gathered_choice, gathered_queries, gathered_merge):
+        monkeypatch.setattr(module, "triton_serves", lambda x: True)
+    torch.manual_seed(0)
+    heads, kv_heads = 6, 2
+    monkeypatch.setattr(moba, "_GATHERED_BYTES", pairs * 16 * 4 * heads // kv_heads)
+    query = torch.randn(2, heads, num_queries, 16, device=lm.device).transpose(1, 2)
+    key = torch.randn(2, num_keys, kv_heads, 16, device=lm.device)
+    value = torch.randn(2, kv_heads, num_keys, 16, device=lm.device).transpose(1, 2)
+    seen = rule(query, key, chunk_size, top_k, force_first)
+    exact = masked_softmax(query.double(), key.double(), value.double(), seen)
+    torchs = masked_softmax(query, key, value, seen)
+    given = [x.clone() for x in (query, key, value)]
+    with torch.inference_mode():
+        ours = moba_attention(query, key, value, chunk_size=chunk_size, top_k=top_k, force_first=force_first)
+    assert (ours - exact).norm() <= 2 * (torchs - exact).norm() + 1e-7
+    assert all(torch.equal(a, b) for a, b in zip(given, (query, key, value), strict=True))
 
 
 def test_as_many_chunks_as_there_are_is_full_attention_bit_for_bit(lm: SimpleNamespace) -> None:

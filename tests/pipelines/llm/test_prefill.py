@@ -11,15 +11,26 @@ import torch
 from torch import Tensor
 
 from draftattn.errors import InputError
+from draftattn.kernels import antidiagonal_mass as antidiagonal
+from draftattn.kernels import smallest_set as smallest
+from draftattn.kernels import split_block_lse as split
+from draftattn.kernels.antidiagonal_mass import antidiagonal_mass
+from draftattn.kernels.backends import triton_interpreted
+from draftattn.kernels.smallest_set import smallest_set
 from draftattn.pipelines.llm.apply import make_system
 from draftattn.pipelines.llm.density import causal_pairs, computed_pairs
-from draftattn.pipelines.llm.draft_prefill import DraftPrefillConfig, DraftRows, blocks_of_rows, mean_scores
+from draftattn.pipelines.llm.draft_prefill import (
+    DraftPrefillConfig,
+    DraftRows,
+    blocks_of_layer,
+    blocks_of_rows,
+    mean_scores,
+)
 from draftattn.pipelines.llm.flexprefill import FlexPrefillConfig, FlexPrefillPolicy
 from draftattn.pipelines.llm.inputs import CausalInputs
-from draftattn.pipelines.llm.mass import smallest_set
 from draftattn.pipelines.llm.system import AttentionCall
 from draftattn.pipelines.llm.vertical_slash import VerticalSlashConfig, VerticalSlashPolicy, vertical_slash_mass
-from draftattn.pipelines.llm.xattention import XAttentionConfig, XAttentionPolicy, antidiagonal_mass
+from draftattn.pipelines.llm.xattention import XAttentionConfig, XAttentionPolicy
 from draftattn.policy import CallContext
 
 BLOCK = 16
@@ -66,7 +77,7 @@ def maps(inputs: CausalInputs, rule: Any) -> Tensor:
 @pytest.mark.parametrize("density", [0.3, 0.6])
 def test_draft_rows(lm: SimpleNamespace, num_queries: int, num_keys: int, density: float) -> None:
     inputs = make_inputs(lm, num_queries, num_keys)
-    mask = DraftRows(DraftPrefillConfig(density=density, block_size=BLOCK))(inputs, CallContext())
+    mask = DraftRows(DraftPrefillConfig(density=density, block_size=BLOCK, budget="row"))(inputs, CallContext())
     first = inputs.query_offset // BLOCK
     kept_per_row = blocks_of_rows(density, first, mask.num_query_blocks)
 
@@ -82,6 +93,51 @@ def test_draft_rows(lm: SimpleNamespace, num_queries: int, num_keys: int, densit
     assert torch.equal(mask.block_map, maps(inputs, rule))
     share = float(computed_pairs(mask, num_queries, num_keys)) / causal_pairs(num_queries, num_keys)
     assert share <= max(density, 0.6 if num_keys < 50 else 0) + 0.05 or kept_per_row <= 2
+
+
+@sizes
+@pytest.mark.parametrize("density", [0.55, 0.7, 1.0])
+def test_rows_and_heads_of_a_layer_share_its_budget(
+    lm: SimpleNamespace, num_queries: int, num_keys: int, density: float
+) -> None:
+    inputs = make_inputs(lm, num_queries, num_keys)
+    inputs.query[:, :, 1] *= 0.01  # a head that attends broadly
+    mask = DraftRows(DraftPrefillConfig(density=density, block_size=BLOCK))(inputs, CallContext())
+    rows, first = blocks_of(inputs), inputs.query_offset // BLOCK
+    for item in range(2):
+        values: list[tuple[float, int, int, int]] = []
+        for query_head in range(4):
+            query, key = head(inputs, item, query_head)
+            means = torch.stack([key[i : i + BLOCK].mean(0) for i in range(0, len(key), BLOCK)])
+            for row, (own, queries) in enumerate(rows):
+                shares = (means[: own + 1] @ query[queries].mean(0) / 4).softmax(0)
+                best = max((float(shares[b]) for b in range(1, own)), default=1.0)
+                for block, share in enumerate(shares.tolist()):
+                    values.append((math.inf if block in (0, own) else share / best**0.5, query_head, row, block))
+        kept = blocks_of_layer(density, first, len(rows), 4, BLOCK)
+        expected = torch.zeros_like(mask.block_map[item])
+        for _, query_head, row, block in sorted(values, reverse=True)[:kept]:
+            expected[query_head, row, block] = True
+        assert torch.equal(mask.block_map[item], expected)
+        assert torch.equal(mask.kv_num_blocks[item], expected.sum(-1, dtype=torch.int32))
+    share = float(computed_pairs(mask, num_queries, num_keys)) / causal_pairs(num_queries, num_keys)
+    # a ragged first and last row are off by less than that
+    assert share <= density + 0.08 or len(rows) < 3
+    broad, others = mask.kv_num_blocks[:, 1], mask.kv_num_blocks[:, 2:]
+    if density == 0.55 and len(rows) > 5:
+        assert broad.sum() > 1.2 * others.double().sum(-1).mean()
+
+
+def test_a_layer_keeps_what_the_density_allows() -> None:
+    for density in (0.05, 0.1, 0.25, 0.5, 0.9, 1.0):
+        for first, rows, heads in ((0, 1, 3), (0, 7, 1), (0, 300, 4), (50, 20, 2)):
+            kept = blocks_of_layer(density, first, rows, heads, BLOCK)
+            seen = heads * sum(first + row + 1 for row in range(rows))
+            forced = heads * sum(min(first + row + 1, 2) for row in range(rows))
+            hidden = heads * rows * sum(range(BLOCK)) / BLOCK**2
+            assert forced <= kept <= seen
+            assert kept == forced or kept - hidden <= density * (seen - hidden) + 1e-6
+            assert kept == seen or kept + 1 - hidden > density * (seen - hidden)
 
 
 def test_the_residual_is_a_key_for_every_skipped_block_of_the_past(lm: SimpleNamespace) -> None:
@@ -123,7 +179,7 @@ def test_rows_keep_what_the_density_allows() -> None:
 @pytest.mark.parametrize("stride", [1, 4])
 def test_antidiagonal_mass_and_xattention(lm: SimpleNamespace, num_queries: int, num_keys: int, stride: int) -> None:
     inputs = make_inputs(lm, num_queries, num_keys)
-    mass = antidiagonal_mass(inputs, stride)
+    mass = antidiagonal_mass(inputs.query, inputs.key, BLOCK, stride)
     rows = blocks_of(inputs)
     for item, query_head in ((0, 0), (1, 3)):
         query, key = head(inputs, item, query_head)
@@ -251,6 +307,29 @@ def test_flexprefill(lm: SimpleNamespace, num_queries: int, num_keys: int, tau: 
     config = FlexPrefillConfig(gamma=0.6, tau=tau, min_budget=2 * BLOCK, block_size=BLOCK)
     assert torch.equal(FlexPrefillPolicy(config)(inputs, CallContext()).block_map, maps(inputs, rule))
     assert all(kinds) if tau == 9 else not all(kinds) or num_keys < 50
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        XAttentionPolicy(XAttentionConfig(threshold=0.7, stride=4, block_size=BLOCK)),
+        VerticalSlashPolicy(VerticalSlashConfig(vertical_size=20, slash_size=32, last_queries=20, block_size=BLOCK)),
+        FlexPrefillPolicy(FlexPrefillConfig(gamma=0.6, tau=0.12, min_budget=2 * BLOCK, block_size=BLOCK)),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_kernels_choose_the_same_blocks(lm: SimpleNamespace, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if lm.device.type == "cpu" and not triton_interpreted():
+        pytest.skip("Triton needs a GPU or its interpreter")
+    inputs = make_inputs(lm, 45, 111)
+    inputs = CausalInputs(inputs.query[1:, :, ::2], inputs.key[1:, :, 1:], inputs.value[1:, :, 1:], BLOCK)
+    found = []
+    for kernels in (False, True):
+        for module in (antidiagonal, smallest, split):
+            monkeypatch.setattr(module, "_kernel_serves", lambda *_, kernels=kernels: kernels)
+        found.append(policy(inputs, CallContext()).block_map)
+    assert torch.equal(*found)
 
 
 def test_the_smallest_set_counts_what_is_forced() -> None:
