@@ -14,6 +14,7 @@ from draftattn.files import written_whole
 # Okabe and Ito's colours, which most people with a colour vision deficiency tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#777777", "#B2182B")
 MARKS = "os^DvP*X<>"
+LEAST = 1e-3  # share above the dense perplexity that a logarithmic axis begins with
 
 
 def plot_llm(result: dict[str, Any], path: Path) -> None:
@@ -49,7 +50,7 @@ def plot_llm(result: dict[str, Any], path: Path) -> None:
         _perplexity(axis, points)
         axis.set_title(f"{result['model']} on {result['text']}, {length:,} tokens", fontsize=8)
     if by_length:
-        axes[0].set_ylabel("perplexity / dense perplexity")
+        axes[0].set_ylabel(f"perplexity above dense; {LEAST:.1%} and less at the bottom")
     else:
         attention = result["kind"] == "attention"
         _speed(axes[0], rows, "speedup" if attention else "prefill_speedup")
@@ -73,11 +74,9 @@ def _perplexity(axis: Any, rows: list[dict[str, Any]]) -> None:
         switches = ", ".join(sorted(words))
         return f"{row['system']} ({switches})" if switches else row["system"]
 
-    _draw(axis, rows, name, lambda row: (row["density"], row["against_dense"]))
-    axis.axhline(1, color="#555555", linewidth=0.8)
+    _draw(axis, rows, name, lambda row: (row["density"], max(row["against_dense"] - 1, LEAST)))
     axis.set_yscale("log")  # the worst would press the others flat
-    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        which(lambda value, _: f"{value:.3g}×")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value * 100:g} %")
     axis.set_xlabel("density: share of causal pairs computed")
 
 
@@ -90,6 +89,8 @@ def _speed(axis: Any, rows: list[dict[str, Any]], figure: str) -> None:
     axis.axhline(1, color="#555555", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
+    axis.set_xticks(sorted({row["length"] for row in rows}))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_xlabel("tokens")
     axis.set_ylabel("times as fast as dense")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
