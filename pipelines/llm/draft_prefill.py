@@ -18,6 +18,8 @@ from draftattn.pipelines.llm.inputs import CausalInputs
 from draftattn.pipelines.llm.system import SystemConfig
 from draftattn.policy import CallContext
 
+_MOST_SCORES = 2**31  # a million tokens in blocks of 128 with 32 heads
+
 
 @dataclass(frozen=True)
 class DraftPrefillConfig(SystemConfig):
@@ -72,15 +74,22 @@ class DraftRows:
         if self.config.budget == "row":
             chosen = select_largest(scores, blocks_of_rows(density, inputs.first_block, rows))
         else:
-            # all heads as the rows of one, whose blocks are chosen in one go
-            kept = blocks_of_layer(density, inputs.first_block, rows, heads, inputs.block_size)
-            together = select_from_rank(scores.view(batch, 1, heads * rows, columns), heads * rows * columns - kept + 1)
+            # heads as the rows of one, whose blocks are chosen in one go
+            shared = _heads_that_share(heads, rows * columns)
+            kept = blocks_of_layer(density, inputs.first_block, rows, shared, inputs.block_size)
+            ranked = scores.view(batch, heads // shared, shared * rows, columns)
+            together = select_from_rank(ranked, shared * rows * columns - kept + 1)
             chosen = BlockSelection(*(x.view(batch, heads, rows, *x.shape[3:]) for x in together))
         mask = BlockMask(
             chosen.kv_num_blocks, chosen.kv_indices, inputs.query_offsets, inputs.key_offsets, inputs.block_size
         )
         mask.__dict__["block_map"] = chosen.block_map  # spares the cached property its scatter
         return mask
+
+
+def _heads_that_share(heads: int, scores: int) -> int:
+    """The most heads, a divisor of all, whose scores one kernel can rank together."""
+    return max(n for n in range(1, heads + 1) if n == 1 or (heads % n == 0 and n * scores < _MOST_SCORES))
 
 
 def mean_scores(inputs: CausalInputs, scale: float | None = None) -> Tensor:

@@ -128,6 +128,19 @@ def test_rows_and_heads_of_a_layer_share_its_budget(
         assert broad.sum() > 1.2 * others.double().sum(-1).mean()
 
 
+def test_heads_share_in_parts_where_one_kernel_cannot_rank_them_all(
+    lm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(lm, 100, 100)
+    policy = DraftRows(DraftPrefillConfig(density=0.6, block_size=BLOCK))
+    monkeypatch.setattr("draftattn.pipelines.llm.draft_prefill._MOST_SCORES", 4 * 7 * 7)
+    whole = policy(inputs, CallContext())  # two heads at a time
+    for first in (0, 2):
+        query, key = inputs.query[:, :, first : first + 2], inputs.key[:, :, first // 2 :][:, :, :1]
+        part = policy(CausalInputs(query, key, key, BLOCK), CallContext())
+        assert torch.equal(whole.block_map[:, first : first + 2], part.block_map)
+
+
 def test_a_layer_keeps_what_the_density_allows() -> None:
     for density in (0.05, 0.1, 0.25, 0.5, 0.9, 1.0):
         for first, rows, heads in ((0, 1, 3), (0, 7, 1), (0, 300, 4), (50, 20, 2)):
