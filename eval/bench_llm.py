@@ -247,7 +247,10 @@ def random_call(shape: AttentionShape, length: int, dtype: torch.dtype, device: 
 
 def _system(spec: SystemSpec) -> AttentionSystem:
     system = make_system(spec.name, **dict(spec.options))
-    if type(system).forward is not AttentionSystem.forward or type(system).attach is not AttentionSystem.attach:
+    kind = type(system)
+    # what tells its blocks from a call alone needs no model, though inside one it may keep something beside the cache
+    needs_hooks = kind.attach is not AttentionSystem.attach and kind.mask_of is AttentionSystem.mask_of
+    if kind.forward is not AttentionSystem.forward or needs_hooks:
         raise InputError(f"{spec.name} works inside a model only; time it with --model")
     return system
 

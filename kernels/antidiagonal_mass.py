@@ -50,7 +50,7 @@ def antidiagonal_mass(
         raise ValueError(f"stride is {stride}; it must divide the block size {block_size}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     query, key = query.detach(), key.detach()
-    if not _kernel_serves(query, key, block_size):
+    if not _kernel_serves(query, block_size):
         return antidiagonal_mass_reference(query, key, block_size, stride, scale)
     from draftattn.kernels import triton_antidiagonal_mass
 
@@ -76,8 +76,8 @@ def antidiagonal_mass_reference(query: Tensor, key: Tensor, block_size: int, str
     num_groups, num_key_groups = rows * per_block, columns * per_block
     key_group = torch.arange(num_key_groups, device=key.device)
     first_real, last_real = front // stride, (num_keys - 1) // stride
-    chunk = max(1, _CHUNK_SCORES // (batch * heads * num_key_groups * per_block)) * per_block
-    out = torch.zeros(batch * kv_heads, rows, group, columns, device=query.device)
+    chunk = max(1, _CHUNK_SCORES // max(1, batch * heads * num_key_groups * per_block)) * per_block
+    out = torch.zeros(batch * kv_heads, rows, group, columns, dtype=torch.float32, device=query.device)
     for start in range(0, num_groups, chunk):
         stop = min(start + chunk, num_groups)
         # later key groups are hidden from all rows of this part
@@ -94,6 +94,5 @@ def antidiagonal_mass_reference(query: Tensor, key: Tensor, block_size: int, str
     return out.transpose(1, 2).unflatten(0, (batch, kv_heads)).flatten(1, 2)
 
 
-def _kernel_serves(query: Tensor, key: Tensor, block_size: int) -> bool:
-    serves = triton_serves(query) and query.dtype in TRITON_DTYPES and block_size <= 128
-    return serves and query.stride(3) == key.stride(3) == 1
+def _kernel_serves(query: Tensor, block_size: int) -> bool:
+    return triton_serves(query) and query.dtype in TRITON_DTYPES and block_size <= 128

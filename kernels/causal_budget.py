@@ -17,6 +17,7 @@ def budget_scores(scores: Tensor, first: int) -> Tensor:
     :math:`\log p_{ij} - \frac{1}{2} \log \max_j p_{ij}`, the maximum over blocks that are not kept in any case. By
     :math:`\log p` alone, rows whose few best blocks hold everything would get nearly nothing, for estimates of
     :math:`p` from means are too sure of themselves; by the ratio to a row's best all rows would get about as much.
+    Not differentiable.
 
     Args:
         scores: float32 ``[B, H, Q, K]``; row ``i`` sees the blocks up to its own, ``first + i``.
@@ -37,6 +38,7 @@ def budget_scores(scores: Tensor, first: int) -> Tensor:
     rows, columns = scores.shape[-2:]
     if not 0 <= first <= columns - rows:
         raise ValueError(f"first is {first}; {rows} rows in {columns} columns may begin at 0 to {columns - rows}")
+    scores = scores.detach()
     if not triton_serves(scores) or columns > _MAX_COLUMNS:
         return budget_scores_reference(scores, first)
     from draftattn.kernels import triton_causal_budget

@@ -66,7 +66,7 @@ def attention_forward(
     """
     batch, query_length, heads, head_dim = query.shape
     if min(query.numel(), key.numel(), block_mask.num_query_blocks, block_mask.num_key_blocks) == 0:
-        no_lse = torch.full((batch, heads, query_length), -torch.inf) if return_lse else None
+        no_lse = torch.full((batch, heads, query_length), -torch.inf, dtype=torch.float32) if return_lse else None
         return torch.zeros_like(query), no_lse
     if not return_lse and _is_dense(block_mask, query_length, key.shape[1], causal):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -77,7 +77,7 @@ def attention_forward(
     columns = _Columns(block_mask, query_blocks, key_blocks, query.shape, key.shape[1], causal, residual is not None)
     # [B, H, Q, L, D], and one dimension less
     out = query.new_zeros(batch, heads, *query_blocks.token.shape[1:], head_dim)
-    lse = torch.full(out.shape[:-1], -torch.inf)
+    lse = torch.full(out.shape[:-1], -torch.inf, dtype=torch.float32)
     blocks_per_chunk = _CHUNK_BYTES // (2 * key_blocks.token.shape[2] * head_dim * key.element_size())
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(residual or ())))
     gather = _Gather(max(blocks_per_chunk, columns.most_blocks()), reuse=not differentiable)

@@ -32,9 +32,10 @@ def choose_chunks(
     r"""The past chunks whose mean key fits a query best, by :math:`q \cdot \bar k_c` in float32.
 
     Of equal products the lowest chunk is taken; NaN counts as infinity. Never waits for the device. On a GPU a kernel
-    keeps the scores of a tile of queries in registers: nothing of the size of queries times chunks is stored. It
-    multiplies on the tensor cores, with means split into parts of the keys' dtype: what remains of the split is 2⁻²⁴ of
-    a mean in bf16 and 2⁻²² in fp16, so that products closer than float32 tells apart may be ordered either way.
+    keeps the scores of a tile of queries in registers; what it stores for pairs of a query and any chunk is a bit each,
+    and two counts for every 32 (wide heads in float32: 16). It multiplies on the tensor cores, with means split into
+    parts of the keys' dtype: what remains of the split is 2⁻²⁴ of a mean in bf16 and 2⁻²² in fp16, so that products
+    closer than float32 tells apart may be ordered either way.
 
     Args:
         query: ``[B, N, H, D]``, consecutive tokens.
@@ -90,7 +91,9 @@ def choose_chunks_reference(
     dtype = torch.promote_types(key.dtype, torch.float32)
     means = key[:, : past * chunk_size].unflatten(1, (past, chunk_size)).mean(2, dtype=dtype)
     hidden = torch.arange(past, device=key.device) >= (position // chunk_size)[:, None, None]
-    of_units = []
+    chosen = torch.empty(
+        batch, kv_heads, num_chosen, query.shape[1], query.shape[2] // kv_heads, dtype=torch.int32, device=key.device
+    )
     # a key head at a time, for the scores are large
     for item in range(batch):
         for kv_head, of_group in enumerate(query[item].to(dtype).unflatten(1, (kv_heads, -1)).unbind(1)):
@@ -100,8 +103,8 @@ def choose_chunks_reference(
                 gate[..., 0] = torch.inf
             gate = gate.masked_fill(hidden, -torch.inf)
             order = gate.sort(dim=-1, descending=True, stable=True).indices
-            of_units.append(order[..., :num_chosen].permute(2, 0, 1).int())
-    return torch.stack(of_units).unflatten(0, (batch, kv_heads))
+            chosen[item, kv_head] = order[..., :num_chosen].permute(2, 0, 1)
+    return chosen
 
 
 def sort_pairs_reference(chunks: Tensor, num_chunks: int) -> ChosenChunks:

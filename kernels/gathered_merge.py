@@ -61,7 +61,8 @@ def merge_gathered(
 def merge_gathered_reference(output: Tensor, lse: Tensor, parts: Tensor, part_lses: Tensor, place: Tensor) -> Tensor:
     """``merge_gathered`` in plain torch."""
     batch, length, heads, _ = output.shape
-    slots = [slot.transpose(1, 2).flatten() for slot in place.unbind(2)]
-    outputs = [parts.index_select(0, slot).view(output.shape) for slot in slots]
-    lses = [part_lses.index_select(0, slot).view(batch, length, heads).transpose(1, 2) for slot in slots]
+    # all at once: the gradient of every selection is as large as all parts
+    slots = place.permute(2, 0, 3, 1, 4).flatten()
+    outputs = parts.index_select(0, slots).view(-1, *output.shape)
+    lses = part_lses.index_select(0, slots).view(-1, batch, length, heads).transpose(2, 3)
     return merge_attention([output, *outputs], [lse, *lses])[0]

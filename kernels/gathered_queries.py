@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ _BLOCK_SIZE = 128
 
 
 def gather_queries(query: Tensor, place: Tensor) -> Tensor:
-    """Copies the query of every pair to its place. Differentiable.
+    """Copies the query of every pair to its place. Differentiable; a query's gradients are summed in float32, in order.
 
     Args:
         query: ``[B, N, H, D]``, any strides with a contiguous last dimension.
@@ -29,7 +32,32 @@ def gather_queries(query: Tensor, place: Tensor) -> Tensor:
     >>> gather_queries(torch.tensor([5.0, 6.0, 7.0]).view(1, 3, 1, 1), place).flatten().tolist()
     [6.0, 5.0, 7.0]
     """
-    if not triton_serves(query) or (torch.is_grad_enabled() and query.requires_grad):
+    if torch.is_grad_enabled() and query.requires_grad:
+        return _Gather.apply(query, place)
+    return _gather(query, place)
+
+
+class _Gather(torch.autograd.Function):
+    # autograd's own gradient of a selection adds up in the queries' dtype, and on a GPU in any order
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return _gather(query, place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        batch, kv_heads, _, length, group = place.shape
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        # of each slot, as rows [B * N * H, D]
+        of_slots = (gradient.index_select(0, x.transpose(1, 2).flatten()).to(dtype) for x in place.unbind(2))
+        total = functools.reduce(torch.add, of_slots)
+        return total.to(gradient.dtype).view(batch, length, kv_heads * group, gradient.shape[-1]), None
+
+
+def _gather(query: Tensor, place: Tensor) -> Tensor:
+    if not triton_serves(query):
         return gather_queries_reference(query, place)
     from draftattn.kernels import triton_gathered_queries
 

@@ -496,7 +496,7 @@ def attention_forward(
     """
     batch, query_length, heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, heads, query_length, device=query.device) if return_lse else None
+    lse = torch.empty(batch, heads, query_length, dtype=torch.float32, device=query.device) if return_lse else None
     if out.numel() == 0 or block_mask.num_query_blocks == 0:
         return out.zero_(), None if lse is None else lse.fill_(float("-inf"))
 

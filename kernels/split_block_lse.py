@@ -28,7 +28,8 @@ def split_block_lse(query: Tensor, key: Tensor, block_size: int, *, scale: float
         scale: factor of the scores, ``D ** -0.5`` if None.
 
     Returns:
-        float32 ``[B, H, R, 2, K_blocks]``; ``-inf`` for parts that hold no key in a query's past.
+        float32 ``[B, H, R, 2, K_blocks]``; ``-inf`` for parts that hold no key in a query's past, and on a GPU for
+        those that vanish in float32 beside the block's other part.
 
     Raises:
         ValueError: if shapes or sizes do not fit together.
@@ -63,7 +64,7 @@ def split_block_lse_reference(query: Tensor, key: Tensor, block_size: int, scale
     position = token[num_keys - num_queries :, None]
     hidden = token > position
     behind = torch.arange(block_size, device=key.device) > position[..., None] % block_size
-    out = torch.empty(batch, heads, num_queries, 2, columns, device=query.device)
+    out = torch.empty(batch, heads, num_queries, 2, columns, dtype=torch.float32, device=query.device)
     group = heads // kv_heads
     at_once = max(1, _CHUNK_SCORES // max(1, batch * group * num_queries * num_keys))
     for first in range(0, kv_heads, at_once):

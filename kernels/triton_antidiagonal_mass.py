@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from draftattn.kernels.triton_launch import shared_memory
+from draftattn.kernels.triton_launch import contiguous_last, shared_memory
 
 _LOG2_E = 1.4426950408889634
 _CHUNK_SHARES = 2**26  # log-sum-exps of pairs of a group and a block, alive at once
@@ -149,14 +149,19 @@ def antidiagonal_mass(query: Tensor, key: Tensor, block_size: int, stride: int, 
     places = triton.next_power_of_2(per_block)
     first_block, front = divmod(num_keys - num_queries, block_size)
     rows, columns = triton.cdiv(front + num_queries, block_size), triton.cdiv(num_keys, block_size)
-    out = torch.empty(batch, heads, rows, columns, device=query.device)
+    out = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out
+    query, key = contiguous_last(query), contiguous_last(key)
     tiling = choose_tiling(query.dtype, head_dim, places, shared_memory(query.device))
     blocks_n = tiling.columns // places
-    at_once = min(rows, max(1, _CHUNK_SHARES // (batch * heads * per_block * columns)))
+    at_once = max(1, _CHUNK_SHARES // (batch * heads * per_block * columns))
+    per_tile = max(1, tiling.rows // per_block)
+    if at_once > per_tile:
+        at_once -= at_once % per_tile
+    at_once = min(rows, at_once)
     width = max(16, min(4096 // places, triton.next_power_of_2(columns)))
-    lse = torch.empty(batch * heads * at_once * per_block * columns, device=query.device)
+    lse = torch.empty(batch * heads * at_once * per_block * columns, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         for first in range(0, rows, at_once):
             end = min(first + at_once, rows)

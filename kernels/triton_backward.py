@@ -149,10 +149,10 @@ def attention_backward(
 
     # rows of a block in the terms: every tile of a block ends within them
     block_rows = max(16, triton.next_power_of_2(block_mask.largest_query_block))
-    terms = torch.empty(2, batch, heads, num_query_blocks, block_rows, device=device).unbind()
+    terms = torch.empty(2, batch, heads, num_query_blocks, block_rows, dtype=torch.float32, device=device).unbind()
     grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))
     if grad_lse is None:
-        grad_lse = torch.zeros((), device=device).expand(lse.shape)
+        grad_lse = torch.zeros((), dtype=torch.float32, device=device).expand(lse.shape)
 
     # what stands in for an absent tensor is never read
     rows = (query_offsets, key_offsets, *(query_offsets if x is None else x for x in (shifts, starts, whole)))
@@ -208,7 +208,7 @@ def attention_backward(
         tiles = triton.cdiv(num_key_blocks, columns)
         # several programs share the query blocks, so that they fill the device
         parts = min(num_query_blocks, triton.cdiv(4 * num_multiprocessors(device), tiles * key_heads * batch))
-        sums = torch.empty(2, parts, *residual.key.shape, device=device)
+        sums = torch.empty(2, parts, *residual.key.shape, dtype=torch.float32, device=device)
         mean_gradient_kernel[(tiles, key_heads, batch * parts)](
             query, *means, grad_out, *terms, *sums,
             block_map, query_offsets, key_offsets, rows[2],

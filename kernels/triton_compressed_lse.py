@@ -66,7 +66,7 @@ def compressed_lse(query: Tensor, key: Tensor, visible: Tensor, scale: float) ->
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    out = torch.empty(batch, heads, length, device=query.device)
+    out = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out
     query, key = contiguous_last(query), contiguous_last(key)

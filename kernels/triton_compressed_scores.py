@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from draftattn.kernels.triton_launch import num_multiprocessors
+
 if TYPE_CHECKING:
     from draftattn.kernels.compressed_scores import AlwaysChosen
 
@@ -34,18 +36,19 @@ def compressed_scores_kernel(
     stride_qb, stride_qs, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_lb, stride_lh, stride_ls,
-    scale_log2, length, count, num_blocks, initial, local,
+    scale_log2, length, count, num_blocks, initial, local, splits,
     GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_WIDTH: tl.constexpr, KEY_WIDTH: tl.constexpr,
     OVERLAP: tl.constexpr, MAXIMUM: tl.constexpr, ALWAYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens of one key head per program; rows are (token, query head of the group) pairs.
 
-    Columns are blocks. Each of the compressed keys that may touch a block is a product of its own, so that all that
-    concerns a block falls into one column.
+    Columns are blocks, which few tokens share out among several programs. Each of the compressed keys that may touch a
+    block is a product of its own, so that all that concerns a block falls into one column.
     """
     # the last tokens see most: they begin first
-    i_t = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_t = (tl.num_programs(0) - 1 - tl.program_id(0)) // splits
+    i_s = tl.program_id(0) % splits
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
@@ -74,8 +77,11 @@ def compressed_scores_kernel(
     p_out += (i_b * heads + i_h) * length * stride_ot
     most = tl.max(b_visible, 0)
     touched = (most + KEY_WIDTH - 1 + BLOCK_WIDTH - 1) // BLOCK_WIDTH
-    end = tl.minimum(tl.cdiv(touched, BLOCK_J) * BLOCK_J, num_blocks)
-    for o_start in tl.range(0, end, BLOCK_J, num_stages=STAGES):
+    # the program's own blocks are first to last; those from end on are touched by nothing that its tokens see
+    share = tl.cdiv(tl.cdiv(num_blocks, BLOCK_J), splits) * BLOCK_J
+    first, last = i_s * share, tl.minimum((i_s + 1) * share, num_blocks)
+    end = tl.minimum(tl.cdiv(touched, BLOCK_J) * BLOCK_J, last)
+    for o_start in tl.range(first, end, BLOCK_J, num_stages=STAGES):
         o_j = o_start + tl.arange(0, BLOCK_J)
         b_scores = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
         b_sum = tl.zeros((BLOCK_T * GROUP_ROWS, BLOCK_J), dtype=tl.float32)
@@ -97,7 +103,7 @@ def compressed_scores_kernel(
         if not MAXIMUM:
             b_scores = tl.sum(tl.reshape(b_sum, (BLOCK_T, GROUP_ROWS, BLOCK_J)), 1)
         _store_scores(p_out, b_scores, o_t, o_j, b_own, length, num_blocks, initial, local, stride_ot, ALWAYS)
-    for o_start in range(end, num_blocks, BLOCK_J):
+    for o_start in range(tl.maximum(first, end), last, BLOCK_J):
         o_j = o_start + tl.arange(0, BLOCK_J)
         b_scores = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
         _store_scores(p_out, b_scores, o_t, o_j, b_own, length, num_blocks, initial, local, stride_ot, ALWAYS)
@@ -118,11 +124,11 @@ def compressed_block_scores(
     """See ``draftattn.kernels.compressed_scores.compressed_block_scores``.
 
     A tile has 128 rows, queries of a key head's group side by side, and 64 blocks; fp32, which runs on the ordinary
-    cores, has 32 rows and 16 blocks.
+    cores, has 32 rows and 16 blocks. Where that leaves a GPU idle, the blocks of a tile of queries are shared out.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    out = torch.empty(batch, kv_heads, length, num_blocks, device=query.device)
+    out = torch.empty(batch, kv_heads, length, num_blocks, dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out
     group_rows = triton.next_power_of_2(heads // kv_heads)
@@ -130,12 +136,14 @@ def compressed_block_scores(
     rows, columns, stages = (32, 16, 2) if query.dtype == torch.float32 else (128, 64, 3 if head_dim <= 128 else 2)
     tokens = max(1, rows // group_rows)
     visible, own = visible.contiguous(), visible if always is None else always.own.contiguous()
+    programs = triton.cdiv(length, tokens) * kv_heads * batch
+    splits = max(1, min(2 * num_multiprocessors(query.device) // programs, triton.cdiv(num_blocks, columns)))
     with torch.cuda.device_of(query):
-        compressed_scores_kernel[(triton.cdiv(length, tokens), kv_heads, batch)](
+        compressed_scores_kernel[(triton.cdiv(length, tokens) * splits, kv_heads, batch)](
             query, key, lse, visible, own, out,
             *query.stride()[:3], *key.stride()[:3], *lse.stride(),
             scale * _LOG2_E, length, key.shape[1], num_blocks,
-            0 if always is None else always.initial, 0 if always is None else always.local,
+            0 if always is None else always.initial, 0 if always is None else always.local, splits,
             GROUP=heads // kv_heads, GROUP_ROWS=group_rows, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_T=tokens, BLOCK_J=columns, BLOCK_WIDTH=block_width, KEY_WIDTH=key_width,
             OVERLAP=min(block_width, key_width), MAXIMUM=maximum, ALWAYS=always is not None, STAGES=stages,

@@ -361,7 +361,7 @@ def attention_forward(
     """
     batch, query_length, heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, heads, query_length, device=query.device) if return_lse else None
+    lse = torch.empty(batch, heads, query_length, dtype=torch.float32, device=query.device) if return_lse else None
     if out.numel() == 0:
         return out, lse
     if triton_decode.serves(query, key, block_mask):

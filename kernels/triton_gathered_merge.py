@@ -60,6 +60,8 @@ def merge_gathered(
     batch, length, _, head_dim = output.shape
     kv_heads, slots, _, group = place.shape[1:]
     output, parts = contiguous_last(output), contiguous_last(parts)
+    if out is not None and out.stride(-1) != 1:
+        return out.copy_(merge_gathered(output, lse, parts, part_lses, place))
     if out is None:
         out = torch.empty(output.shape, dtype=output.dtype, device=output.device)
     if out.numel() == 0:

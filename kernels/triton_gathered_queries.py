@@ -43,11 +43,13 @@ def lists_kernel(
     before = 0
     for first in range(0, i_s, BLOCK):
         o_s = first + tl.arange(0, BLOCK)
-        b_start = tl.load(p_starts + o_s * stride_starts, mask=o_s < i_s, other=0)
-        b_end = tl.load(p_starts + (o_s + 1) * stride_starts, mask=o_s < i_s, other=0)
+        p_start = p_starts + o_s.to(tl.int64) * stride_starts
+        b_start = tl.load(p_start, mask=o_s < i_s, other=0)
+        b_end = tl.load(p_start + stride_starts, mask=o_s < i_s, other=0)
         before += tl.sum((b_end - b_start + (BLOCK_SIZE - 1)) // BLOCK_SIZE, 0)
-    start = tl.load(p_starts + i_s * stride_starts)
-    end = tl.load(p_starts + (i_s + 1) * stride_starts)
+    p_starts += i_s.to(tl.int64) * stride_starts
+    start = tl.load(p_starts)
+    end = tl.load(p_starts + stride_starts)
     is_last = (i_s == num_segments - 1).to(tl.int32)
     count = tl.where(is_last > 0, num_blocks - before, (end - start + (BLOCK_SIZE - 1)) // BLOCK_SIZE)
     i_k = (i_s // num_chunks) * blocks_per_unit + (i_s % num_chunks) * blocks_per_chunk

@@ -83,7 +83,7 @@ def split_block_lse(query: Tensor, key: Tensor, block_size: int, scale: float) -
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[1:3]
     num_blocks = triton.cdiv(num_keys, block_size)
-    out = torch.empty(batch, heads, num_queries, 2, num_blocks, device=query.device)
+    out = torch.empty(batch, heads, num_queries, 2, num_blocks, dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out
     query, key = contiguous_last(query), contiguous_last(key)

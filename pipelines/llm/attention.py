@@ -112,6 +112,13 @@ def attention_function(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: ``[B, H, N, D]`` inputs, output ``[B, N, H, D]``."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # what autocast does before torch's own attention: rotary gave float32
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        with torch.autocast(device, enabled=False):
+            return attention_function(
+                module, query, key, value, attention_mask, dropout, scaling, sliding_window, **others
+            )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     system = system_of(module)
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
@@ -173,7 +180,11 @@ def attend_in_groups(
         rows = slice(first_query, end - mask.query_offset)
         if rows.stop <= rows.start:
             continue
-        index: Any = slice(None) if items is None else list(items) if len(items) > 1 else slice(items[0], items[0] + 1)
+        index: Any = slice(None)
+        if items is not None:
+            # neighbours are a view, others a copy of all their keys
+            neighbours = items[-1] - items[0] + 1 == len(items)
+            index = slice(items[0], items[-1] + 1) if neighbours else list(items)
         served = _attend(
             system, module, query[index, rows], key[index, first:end], value[index, first:end], scale, mask, items,
             first_query,

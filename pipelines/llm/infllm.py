@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftattn.errors import InputError
 from draftattn.kernels.api import block_sparse_attention
@@ -16,6 +16,9 @@ from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.compressed_lse import compressed_lse
 from draftattn.kernels.compressed_scores import AlwaysChosen, compressed_block_scores
 from draftattn.kernels.selection import select_largest
+from draftattn.kernels.single_query_scores import single_query_block_scores
+from draftattn.pipelines.llm.beside_cache import BesideCache
+from draftattn.pipelines.llm.infllm_keys import CompressedWindows, compressed_keys
 from draftattn.pipelines.llm.inputs import even_offsets
 from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem, SystemConfig
 
@@ -29,8 +32,15 @@ class InfLLMConfig(SystemConfig):
     Keys are averaged over windows of ``window`` tokens, one every ``stride``. The softmax of a query's scores with the
     windows it sees whole, summed over the query heads of a group, is its compressed attention; a block's score is the
     largest entry among the windows that touch it. The first blocks and the nearest ones are always chosen, and count
-    among ``top_k``. One softmax over the chosen blocks gives the output, and a group shares them. Decoding does the
-    same. Source: InfLLM v2, arXiv 2509.24663.
+    among ``top_k``. One softmax over the chosen blocks gives the output, and a group shares them. Source: InfLLM v2,
+    arXiv 2509.24663.
+
+    Decoding does the same with compressed keys that are kept beside the cache. A step reads these, one byte for every
+    ``2 * stride`` that dense attention reads, and ``top_k`` blocks of keys and values, in five kernels a layer and some
+    40 µs of an H100. Dense attention reads 4 KiB for every cached token with 8 key heads of 128 channels in 16 bits, at
+    2 TB/s some 20,000 tokens in that time: by this arithmetic, an estimate and no measurement, sparse decoding pays for
+    one sequence from there on, and for many at once from about ``2 * top_k * block_size`` tokens each. Where Python and
+    not the GPU sets the pace, neither makes a step shorter.
 
     Args:
         block_size: tokens of a block, a multiple of ``stride``, at most 128.
@@ -76,9 +86,34 @@ class InfLLM(AttentionSystem):
 
     name, config_class, sparse_decode = "infllm", InfLLMConfig, True
 
+    def __init__(self, config: InfLLMConfig) -> None:
+        super().__init__(config)
+        self._beside: BesideCache[CompressedWindows] | None = None
+
+    def attach(self, model: nn.Module, layers: dict[int, nn.Module]) -> None:
+        """Begins to keep compressed keys beside the caches."""
+        self._beside = BesideCache(layers)
+
+    def detach(self) -> None:
+        """Forgets them."""
+        if self._beside is not None:
+            self._beside.close()
+
     def mask_of(self, call: AttentionCall) -> BlockMask:
         """See `AttentionSystem.mask_of`."""
-        return infllm_mask(call.query.detach(), call.key.detach(), self.config, scale=call.scale)
+        query, key = call.query.detach(), call.key.detach()
+        return infllm_mask(query, key, self.config, scale=call.scale, windows=self._windows(call, key))
+
+    def _windows(self, call: AttentionCall, key: Tensor) -> Tensor | None:
+        """Compressed keys of a call with a cache; windows that earlier calls filled are not read again."""
+        if self._beside is None or call.cache is None:
+            return None
+        kept = self._beside.take(call)
+        if kept is None:
+            kept = CompressedWindows(self.config.stride)
+        windows = kept.extend(key)
+        self._beside.put(call, kept)
+        return windows
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `AttentionSystem.attend`."""
@@ -112,15 +147,21 @@ def infllm_attention(
     return _attend(query, key, value, infllm_mask(query.detach(), key.detach(), config, scale=scale), scale)
 
 
-def infllm_mask(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: float) -> BlockMask:
-    """The blocks that each group of query heads chooses, a mask per key head. Never waits for the device."""
-    query_block = 1 if query.shape[1] == 1 else config.query_block
+def infllm_mask(
+    query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: float, windows: Tensor | None = None
+) -> BlockMask:
+    """The blocks that each group of query heads chooses, a mask per key head. Never waits for the device.
+
+    ``windows`` are the compressed keys where they are known already, see `compressed_keys`.
+    """
+    windows = (compressed_keys(key, config.stride) if windows is None else windows).to(query.dtype)
+    if query.shape[1] == 1:
+        return _mask_of_one(query, windows, key.shape[1], config, scale)
     places = _places(
-        query.shape[1], key.shape[1], query_block, config.block_size, config.window, config.stride, query.device
+        query.shape[1], key.shape[1], config.query_block, config.block_size, config.window, config.stride, query.device
     )
     num_blocks = places.key_offsets.shape[0] - 1
-    means = _means_of_blocks(query, query_block)
-    windows = compressed_keys(key, config.stride).to(query.dtype)
+    means = _means_of_blocks(query, config.query_block)
     lse = compressed_lse(means, windows, places.visible, scale=scale)
     chosen = []
     step = max(1, _CHUNK_SCORES // (query.shape[0] * key.shape[2] * num_blocks))
@@ -141,8 +182,26 @@ def infllm_mask(query: Tensor, key: Tensor, config: InfLLMConfig, *, scale: floa
         chosen.append(select_largest(scores, min(config.top_k, num_blocks))[:2])
     counts, ids = chosen[0] if len(chosen) == 1 else (torch.cat(parts, dim=2) for parts in zip(*chosen, strict=True))
     return BlockMask(
-        counts, ids, places.query_offsets, places.key_offsets, config.block_size, query_block_size=query_block
+        counts, ids, places.query_offsets, places.key_offsets, config.block_size, query_block_size=config.query_block
     )
+
+
+def _mask_of_one(query: Tensor, windows: Tensor, num_keys: int, config: InfLLMConfig, scale: float) -> BlockMask:
+    """The same for a single query, which stands at the last key and so sees every window."""
+    query_offsets, key_offsets = _offsets_of_one(num_keys, config.block_size, query.device)
+    num_blocks = key_offsets.shape[0] - 1
+    scores = single_query_block_scores(
+        query,
+        windows,
+        num_blocks,
+        block_width=config.block_size // config.stride,
+        key_width=2,
+        scale=scale,
+        initial=config.initial_blocks,
+        local=config.local_tokens // config.block_size,
+    )
+    counts, ids = select_largest(scores, min(config.top_k, num_blocks))[:2]
+    return BlockMask(counts, ids, query_offsets, key_offsets, config.block_size, query_block_size=1)
 
 
 class _Places(NamedTuple):
@@ -165,16 +224,11 @@ def _places(
     return _Places(query_offsets, even_offsets(num_keys, block_size, device), visible, position // block_size)
 
 
-def compressed_keys(key: Tensor, stride: int) -> Tensor:
-    """Means of windows of two strides, one every stride, of the keys that fill them: ``[B, M, H_kv, D]``.
-
-    >>> compressed_keys(torch.arange(7.0).view(1, 7, 1, 1), 2).flatten().tolist()
-    [1.5, 3.5]
-    """
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    whole = key.shape[1] // stride
-    strides = key[:, : whole * stride].unflatten(1, (whole, stride)).mean(2, dtype=dtype)
-    return (strides[:, :-1] + strides[:, 1:]) / 2
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _offsets_of_one(num_keys: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Boundaries of the one query and of the blocks of keys, which all layers of a decoding step share."""
+    return even_offsets(1, 1, device), even_offsets(num_keys, block_size, device)
 
 
 def _means_of_blocks(query: Tensor, query_block: int) -> Tensor:

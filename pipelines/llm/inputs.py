@@ -117,7 +117,7 @@ class CausalInputs:
         self._made.update(mean_query=query.mean, mean_key=key.mean)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)  # of a million tokens they are 61 MB each
 @torch.inference_mode(False)
 def _own_and_before(first: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which key block is each row's own, and which it sees, of the rows from a block to the last."""

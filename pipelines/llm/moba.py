@@ -16,11 +16,12 @@ from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.gathered_choice import choose_chunks, choose_chunks_reference
 from draftattn.kernels.gathered_merge import merge_gathered
 from draftattn.kernels.gathered_queries import gather_queries, gathered_mask
+from draftattn.kernels.runs import mask_of_runs
 from draftattn.pipelines.llm.dense import dense_attention
 from draftattn.pipelines.llm.density import causal_pairs
 from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem, SystemConfig
 
-# of gathered queries that exist at once; their outputs take as much again
+# of gathered queries and of what orders them that exist at once; the outputs take as much again
 _GATHERED_BYTES = 3 * 2**29
 
 
@@ -114,12 +115,13 @@ def moba_attention(
     # queries before this one see no more than top_k chunks, and all of them
     first = min(max(top_k * chunk_size - offset, 0), num_queries)
     own, own_lse = _own_chunks(query, key, value, chunk_size, top_k, scale)
-    if top_k == 1 or first == num_queries:
-        return own
     batch, _, kv_heads, head_dim = key.shape
+    if top_k == 1 or first == num_queries or batch == 0:
+        return own
     group = query.shape[2] // kv_heads
-    # gathered queries are top_k - 1 times as large as the queries, so that all of them may be too many
-    fitting = _GATHERED_BYTES // (group * (top_k - 1) * head_dim * query.element_size())
+    # gathered queries are top_k - 1 times as large as the queries, so that all of them may be too many; to order them
+    # takes 12 bytes for every 32 rows and every chunk
+    fitting = _GATHERED_BYTES // (group * ((top_k - 1) * head_dim * query.element_size() + num_chunks * 12 // 32))
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if wants_gradient:
         # the backward pass transposes the mask, whose rows and columns both grow with every key head
@@ -235,12 +237,12 @@ def _slices(total: int, most: int) -> list[slice]:
 @torch.inference_mode(False)  # cached inference tensors would break later autograd
 def _own_mask(num_queries: int, num_keys: int, chunk_size: int, top_k: int, device: torch.device) -> BlockMask:
     """A query's own chunk; for queries of the first ``top_k`` chunks all before, too."""
-    key_offsets, key_chunk = _chunk_blocks(0, num_keys, chunk_size, device)
-    query_offsets, query_chunk = _chunk_blocks(num_keys - num_queries, num_keys, chunk_size, device)
-    query_chunk = query_chunk[:, None]
-    block_map = (key_chunk == query_chunk) | ((key_chunk < query_chunk) & (query_chunk < top_k))
-    most = -(-chunk_size // 128) * top_k
-    return BlockMask.from_block_map(block_map[None, None], query_offsets, key_offsets, 128, most)
+    key_offsets, _ = _chunk_blocks(0, num_keys, chunk_size, device)
+    query_offsets, chunk = _chunk_blocks(num_keys - num_queries, num_keys, chunk_size, device)
+    per_chunk = -(-chunk_size // 128)
+    first = (chunk * per_chunk).masked_fill_(chunk < top_k, 0)
+    end = ((chunk + 1) * per_chunk).clamp_(max=len(key_offsets) - 1)
+    return mask_of_runs(first, end - first, per_chunk * top_k, query_offsets, key_offsets)
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from draftattn.kernels.api import block_sparse_attention
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.selection import select_largest
 from draftattn.pipelines.llm.apply import attention_layers
+from draftattn.pipelines.llm.beside_cache import BesideCache
 from draftattn.pipelines.llm.dense import dense_attention
 from draftattn.pipelines.llm.inputs import CausalInputs, even_offsets
 from draftattn.pipelines.llm.seer_gate import SeerGate, key_features
@@ -90,7 +90,7 @@ class Seer(AttentionSystem):
         # single queries must come here for the compressed keys to stay complete
         self.sparse_decode = bool(self._decode)  # type: ignore[misc]
         self._pre: PreRotary | None = None
-        self._compressed: weakref.WeakKeyDictionary[Any, dict[Any, CompressedKeys]] = weakref.WeakKeyDictionary()
+        self._beside: BesideCache[CompressedKeys] | None = None
 
     def attach(self, model: nn.Module, layers: dict[int, nn.Module]) -> None:
         """Checks that the gates fit, moves them to the model and hooks the projections."""
@@ -103,6 +103,7 @@ class Seer(AttentionSystem):
             self._check_fits(gate, model)
         hooked = {layer: layers[layer] for layer in gated if layer in layers}
         self._pre = PreRotary(hooked, rotary_turn(model))
+        self._beside = BesideCache({layer: hooked[layer] for layer in self._decode if layer in hooked})
         for gates in (self._prefill, self._decode):
             for layer, module in hooked.items():
                 if layer in gates:
@@ -123,7 +124,8 @@ class Seer(AttentionSystem):
         """Takes the hooks out."""
         if self._pre is not None:
             self._pre.close()
-        self._compressed.clear()
+        if self._beside is not None:
+            self._beside.close()
 
     def serves(self, call: AttentionCall) -> bool:
         """Calls of layers with gates; those of the decode form see all calls, to know the keys."""
@@ -181,17 +183,14 @@ class Seer(AttentionSystem):
     def _compress(self, call: AttentionCall) -> CompressedKeys:
         """The compressed keys of a call, its own among them."""
         assert self._pre is not None
-        gate, own = self._decode[call.layer], self._pre.new_key(call)
-        kept = {} if call.cache is None else self._compressed.setdefault(call.cache, {})
-        compressed = kept.get((call.layer, call.items))
-        known = call.query_offset and compressed is not None and compressed.num_tokens == call.query_offset
-        if not known or not self._pre.untouched(call.layer):
-            compressed = CompressedKeys.empty(gate, own)
+        assert self._beside is not None
+        own, compressed = self._pre.new_key(call), self._beside.take(call)
+        if compressed is None:
+            compressed = CompressedKeys.empty(self._decode[call.layer], own)
             if call.query_offset:
                 compressed.extend(self._pre.cached_key(call).to(own.dtype))
-        assert compressed is not None
         compressed.extend(own)
-        kept[call.layer, call.items] = compressed
+        self._beside.put(call, compressed)
         return compressed
 
     def _decode_mask(self, call: AttentionCall, compressed: CompressedKeys) -> BlockMask:

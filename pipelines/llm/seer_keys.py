@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +29,6 @@ class PreRotary:
     def __init__(self, layers: dict[int, nn.Module], turn: RotaryTurn) -> None:
         self._turn = turn
         self._kept: dict[int, dict[str, Tensor | None]] = {layer: {} for layer in layers}
-        self._untouched: dict[int, bool] = {}
-        self._last_keys: dict[int, weakref.ref[Tensor]] = {}
         self._hooks: list[Any] = []
         sources = {layer: _sources(layer, module) for layer, module in layers.items()}
         for layer, module in layers.items():
@@ -39,7 +36,7 @@ class PreRotary:
                 self._hooks.append(source.register_forward_hook(_Keep(self._kept[layer], name)))
             before, after = _Before(self, layer), _After(self, layer)
             self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            self._hooks.append(module.register_forward_hook(after, always_call=True))
 
     def close(self) -> None:
         """Takes the hooks out."""
@@ -64,10 +61,6 @@ class PreRotary:
         away = torch.arange(call.query_offset, device=first.device) - call.query_offset
         return self._turn(call.key[:, : call.query_offset], -(first + away)) / self._turn.scaling
 
-    def untouched(self, layer: int) -> bool:
-        """Whether a layer's cache is as the layer left it: not reordered for beams, cut or emptied since."""
-        return self._untouched.get(layer, False)
-
     def _part(self, call: AttentionCall, name: str) -> Tensor:
         x = self._kept[call.layer][name]
         assert x is not None
@@ -76,17 +69,10 @@ class PreRotary:
     def before(self, layer: int, kwargs: dict[str, Any]) -> None:
         """A layer begins."""
         self._kept[layer]["positions"] = kwargs.get("position_ids")
-        keys = _keys_of(kwargs.get("past_key_values"), layer)
-        last = self._last_keys.get(layer)
-        self._untouched[layer] = keys is not None and last is not None and last() is keys
 
-    def after(self, layer: int, kwargs: dict[str, Any]) -> None:
+    def after(self, layer: int) -> None:
         """A layer ends."""
         self._kept[layer].clear()
-        keys = _keys_of(kwargs.get("past_key_values"), layer)
-        self._last_keys.pop(layer, None)
-        if keys is not None:
-            self._last_keys[layer] = weakref.ref(keys)
 
 
 @dataclass(frozen=True)
@@ -112,8 +98,8 @@ class _After:
     owner: PreRotary
     layer: int
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self.owner.after(self.layer, kwargs)
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.owner.after(self.layer)
 
 
 def _sources(layer: int, module: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -128,11 +114,6 @@ def _sources(layer: int, module: nn.Module) -> tuple[nn.Module, nn.Module]:
             )
         found.append(source)
     return found[0], found[1]
-
-
-def _keys_of(cache: Any, layer: int) -> Tensor | None:
-    layers = getattr(cache, "layers", ())
-    return getattr(layers[layer], "keys", None) if layer < len(layers) else None
 
 
 @dataclass

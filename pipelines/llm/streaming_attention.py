@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from draftattn.kernels.api import block_sparse_attention
-from draftattn.kernels.block_mask import BlockMask
+from draftattn.kernels.block_mask import BlockMask, SlidingWindow
+from draftattn.kernels.runs import mask_of_runs
 from draftattn.kernels.sink_merge import merge_sinks
-from draftattn.kernels.windows import sliding_window_mask
 from draftattn.pipelines.llm.dense import dense_attention
 from draftattn.pipelines.llm.streaming_config import StreamingConfig
 from draftattn.pipelines.llm.streaming_rotary import RotaryTurn
@@ -63,7 +63,7 @@ def streaming_attention(
     starts = [max(0, before - (seen - num_kept)) for before in paddings]
     mask = _window_mask(length, num_kept, tuple(starts) if any(starts) else (0,), config.window, query.device)
     near = key[:, num_sinks:], value[:, num_sinks:]
-    if not config.sink or seen + length - min(paddings) <= config.window + 1:  # no query is past its window
+    if not config.sink or seen + length - min(paddings, default=0) <= config.window + 1:  # no query is past its window
         return block_sparse_attention(query, *near, mask, scale=scale, causal=True)
     output, lse = block_sparse_attention(query, *near, mask, scale=scale, causal=True, return_lse=True)
     real_sinks = [min(num_sinks, max(0, seen - num_kept - before)) for before in paddings]
@@ -89,13 +89,22 @@ def streaming_attention(
 @torch.inference_mode(False)  # a cached inference tensor would break later autograd
 def _window_mask(length: int, num_kept: int, starts: tuple[int, ...], window: int, device: torch.device) -> BlockMask:
     """The window's blocks for new queries after tokens kept; keys before each item's start are left out."""
-    key_offsets = [_offsets(start, num_kept + length, device) for start in starts]
-    return sliding_window_mask(
-        _offsets(0, length, device),
-        key_offsets[0] if len(starts) == 1 else torch.stack(key_offsets),
-        window + 1,
-        query_shifts=torch.full((-(-length // _BLOCK),), num_kept, dtype=torch.int32, device=device),
-        max_blocks_per_row=-(-window // _BLOCK) + 2,
+    key_offsets = torch.stack([_offsets(start, num_kept + length, device) for start in starts])
+    query_offsets = _offsets(0, length, device)
+    # [S, Q] keys of each item that the first and the last query of a block see
+    begin = _ints(starts, device)[:, None]
+    oldest = (query_offsets[:-1] + (num_kept - window) - begin).clamp_(min=0)
+    newest = query_offsets[1:] + (num_kept - 1) - begin
+    first = oldest // _BLOCK
+    return mask_of_runs(
+        first,
+        newest // _BLOCK - first + 1,
+        -(-window // _BLOCK) + 2,
+        query_offsets,
+        key_offsets[0] if len(starts) == 1 else key_offsets,
+        _BLOCK,
+        query_shifts=torch.full((len(query_offsets) - 1,), num_kept, dtype=torch.int32, device=device),
+        window=SlidingWindow(window + 1),
     )
 
 

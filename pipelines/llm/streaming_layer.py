@@ -160,10 +160,11 @@ class SinkLayer(CacheLayerMixin):
         stream, count = self.stream, key_states.shape[2]
         if self.seen and stream.closed:
             raise InputError(stream.closed)
-        if stream.padding is not None and len(stream.padding) != len(key_states):
-            raise InputError(
-                f"the batch has {len(key_states)} items and the cache is for {len(stream.padding)}; use a new cache"
-            )
+        for held in (self.sink_keys, stream.padding):
+            if held is not None and len(held) != len(key_states):
+                raise InputError(
+                    f"the batch has {len(key_states)} items and the cache is for {len(held)}; use a new cache"
+                )
         longest = self.seen + count - min(stream.padding or (0,))
         if count > 1 and longest > stream.config.size + 1 and not stream.masked:
             raise InputError(

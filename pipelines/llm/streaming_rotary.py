@@ -78,12 +78,12 @@ class RotaryTurn:
 
         The host does not wait for the device.
         """
-        wanted = tuple(positions), device, dtype
-        if self._last is None or self._last[0] != wanted:
+        wanted, last = (tuple(positions), device, dtype), self._last  # read once: models share it, also among threads
+        if last is None or last[0] != wanted:
             with torch.inference_mode(False):
                 there = torch.tensor(positions)[:, None, None].to(device, non_blocking=True)
-                self._last = wanted, turn_angles(there, self.frequencies(device), dtype)
-        return self._last[1]
+                self._last = last = wanted, turn_angles(there, self.frequencies(device), dtype)
+        return last[1]
 
 
 def rotary_turn(model: PreTrainedModel) -> RotaryTurn:

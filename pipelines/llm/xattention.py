@@ -26,7 +26,7 @@ class XAttentionConfig(SystemConfig):
 
     Args:
         threshold: the share (the paper's tau), in (0, 1].
-        stride: tokens of a side, a power of two that divides the block.
+        stride: tokens of a side; divides the block.
         block_size: tokens of a block, 16 to 128.
     """
 

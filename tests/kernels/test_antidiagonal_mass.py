@@ -100,6 +100,17 @@ def test_parts_and_strides_change_nothing(name: str, size: int, monkeypatch: pyt
     query, key = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key))
     monkeypatch.setattr(home, limit, size)
     torch.testing.assert_close(function(query, key, *arguments), whole)
+    query, key = (torch.stack([x, x.flip(-1)], dim=-1)[..., 0] for x in (query, key))
+    assert query.stride(-1) == key.stride(-1) == 2
+    torch.testing.assert_close(function(query, key, *arguments), whole)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 20), (2, 0)])
+def test_nothing_gives_nothing(batch: int, tokens: int) -> None:
+    query, key = torch.zeros(batch, tokens, 4, 16, device=DEVICE), torch.zeros(batch, tokens, 2, 16, device=DEVICE)
+    blocks = -(-tokens // 16)
+    assert antidiagonal_mass(query, key, 16, 4).shape == (batch, 4, blocks, blocks)
 
 
 def test_bad_input_is_refused() -> None:

@@ -15,7 +15,10 @@ from draftattn.kernels.compressed_scores import AlwaysChosen, compressed_block_s
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_QUERIES = 13
 # strides of a block and of a compressed key, compressed keys, blocks, query heads, key heads
-SHAPES = [(4, 2, 37, 10, 6, 2), (1, 1, 9, 9, 2, 2), (2, 3, 20, 11, 6, 2), (8, 1, 5, 1, 16, 1), (4, 2, 0, 3, 4, 2)]
+SHAPES = [
+    (4, 2, 37, 10, 6, 2), (1, 1, 9, 9, 2, 2), (2, 3, 20, 11, 6, 2), (8, 1, 5, 1, 16, 1), (4, 2, 0, 3, 4, 2),
+    (2, 2, 95, 61, 6, 2),  # so many blocks that programs share them
+]  # fmt: skip
 
 
 @pytest.fixture(params=["torch", "triton"])

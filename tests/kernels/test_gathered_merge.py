@@ -61,6 +61,20 @@ def test_the_result_may_replace_what_it_is_merged_from(device):
         assert torch.equal(around, before)
 
 
+def test_the_result_may_have_any_strides(device):
+    from draftattn.kernels import triton_gathered_merge
+
+    for merge in (merge_gathered, triton_gathered_merge.merge_gathered):
+        output, *rest = make(torch.float32, device)
+        expected = merge(output, *rest)
+        around = torch.zeros(*output.shape, 2, device=device)
+        inside = around[..., 0]
+        inside.copy_(output)
+        assert merge(inside, *rest, out=inside) is inside
+        torch.testing.assert_close(inside, expected, rtol=0, atol=0)
+        assert not around[..., 1].any()
+
+
 def test_gradients(device):
     output, lse, parts, part_lses, place = make(torch.float64, device, head_dim=2)
     lse, part_lses = (x.double().clamp(min=-5) for x in (lse, part_lses))

@@ -34,6 +34,19 @@ def test_gathering_has_gradients(device):
     assert torch.autograd.gradcheck(lambda x: gather_queries(x, place), [query])
 
 
+@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "triton"])
+def test_gradients_of_one_query_are_rounded_once(kernel, device, monkeypatch):
+    monkeypatch.setattr(gathered_queries, "triton_serves", lambda x: kernel)
+    place = make_place(device)
+    query = torch.randn(2, 45, 6, 20, device=device).half().requires_grad_()
+    upstream = torch.randn(place.numel(), 20, device=device).half()
+    packed = gather_queries(query, place)
+    assert torch.equal(packed, gather_queries_reference(query, place))
+    (gradient,) = torch.autograd.grad(packed, query, upstream)
+    exact = upstream.double()[place.long()].sum(2).transpose(1, 2).flatten(2, 3)
+    assert (gradient - exact).norm() <= 1.001 * (exact.half() - exact).norm()
+
+
 @pytest.mark.parametrize(
     "lengths", [[0, 300, 0, 128, 5, 0], [0, 0, 0, 0, 0, 0], [1, 129, 256, 0, 0, 700], [0, 0, 0, 0, 0, 32000]]
 )
@@ -54,3 +67,17 @@ def test_chunks_become_blocks(lengths, device, poisoned_memory):
         assert ids.tolist() == [[i // 3 * 7 + i % 3 * 2, i // 3 * 7 + i % 3 * 2 + 1] for i in segments]
     mask = gathered_mask(starts, total, 3, 2, torch.arange(15, dtype=torch.int32, device=device))
     assert torch.equal(mask.kv_indices[0, 0], ids)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes a file with holes of 13 GB")
+def test_places_of_chunks_may_be_far_apart(tmp_path, poisoned_memory):
+    from draftattn.kernels import triton_gathered_queries
+
+    apart = 2**30
+    spread = torch.from_file(str(tmp_path / "holes"), shared=True, size=3 * apart + 1, dtype=torch.int32)
+    starts = torch.tensor([0, 130, 140, 300], dtype=torch.int32)
+    spread[::apart] = starts
+    found = triton_gathered_queries.gathered_lists(spread[::apart], 300, 3, 1, 3)
+    expected = gathered_queries.gathered_lists_reference(starts, 300, 3, 1, 3)
+    for mine, plain in zip(found, expected, strict=True):
+        assert torch.equal(mine, plain)

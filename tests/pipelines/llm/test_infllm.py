@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from draftattn.errors import InputError
+from draftattn.kernels import single_query_scores
+from draftattn.kernels.backends import triton_interpreted
 from draftattn.pipelines.llm.infllm import InfLLMConfig, infllm_attention, infllm_mask
 
 SMALL = InfLLMConfig(block_size=16, top_k=4, local_tokens=32, window=8, stride=4)
@@ -76,6 +78,20 @@ def test_it_equals_a_masked_softmax(lm: SimpleNamespace, num_queries: int, num_k
     torchs = masked_softmax(query, key, value, seen)
     ours = infllm_attention(query, key, value, config)
     assert (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("num_keys", [6, 8, 131, 400])
+def test_one_query_chooses_alike_in_triton_and_beside_others(
+    lm: SimpleNamespace, num_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, _ = tensors(lm, 2, num_keys)
+    two = infllm_mask(query, key, SMALL, scale=0.25).block_map[:, :, 1:]
+    one = infllm_mask(query[:, 1:], key, SMALL, scale=0.25)
+    assert torch.equal(one.block_map, two)
+    pytest.importorskip("triton")
+    if lm.device.type == "cuda" or triton_interpreted():
+        monkeypatch.setattr(single_query_scores, "_kernel_serves", lambda query, key: True)
+        assert torch.equal(infllm_mask(query[:, 1:], key, SMALL, scale=0.25).block_map, two)
 
 
 def test_chunks_of_scores_change_nothing(lm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

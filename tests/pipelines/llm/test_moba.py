@@ -12,7 +12,7 @@ from draftattn.errors import InputError
 from draftattn.kernels import gathered_choice, gathered_merge, gathered_queries
 from draftattn.pipelines.llm import apply, moba
 from draftattn.pipelines.llm.dense import dense_attention
-from draftattn.pipelines.llm.moba import MobaConfig, moba_attention, moba_pairs
+from draftattn.pipelines.llm.moba import MobaConfig, _chunk_blocks, _own_mask, moba_attention, moba_pairs
 
 
 def rule(query: Tensor, key: Tensor, chunk_size: int, top_k: int, force_first: bool) -> Tensor:
@@ -79,6 +79,21 @@ def test_moba_equals_a_masked_softmax_forward_and_backward(
         assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + 1e-7, name
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1500, 1500), (333, 1201), (5, 700)])
+@pytest.mark.parametrize(("chunk_size", "top_k"), [(8, 3), (140, 2), (256, 1), (300, 4)])
+def test_the_blocks_of_own_chunks(
+    lm: SimpleNamespace, num_queries: int, num_keys: int, chunk_size: int, top_k: int
+) -> None:
+    key_offsets, key_chunk = _chunk_blocks(0, num_keys, chunk_size, lm.device)
+    query_offsets, chunk = _chunk_blocks(num_keys - num_queries, num_keys, chunk_size, lm.device)
+    mask = _own_mask(num_queries, num_keys, chunk_size, top_k, torch.device(lm.device))
+    assert torch.equal(mask.query_offsets, query_offsets)
+    assert torch.equal(mask.key_offsets, key_offsets)
+    chunk = chunk[:, None]
+    own = (key_chunk == chunk) | ((key_chunk < chunk) & (chunk < top_k))
+    assert torch.equal(mask.block_map, own[None, None])
+
+
 @pytest.mark.parametrize(("num_queries", "num_keys", "chunk_size", "top_k", "force_first"), CASES)
 @pytest.mark.parametrize("pairs", [30, 100, 10**6])  # of a query and a chunk that are gathered at once
 def test_without_gradients_parts_of_any_size_give_the_same(
@@ -117,6 +132,13 @@ def test_as_many_chunks_as_there_are_is_full_attention_bit_for_bit(lm: SimpleNam
     full = dense_attention(query, key, value, 0.25)
     assert torch.equal(moba_attention(query, key, value, chunk_size=10, top_k=5, scale=0.25), full)
     assert not torch.equal(moba_attention(query, key, value, chunk_size=10, top_k=4, scale=0.25), full)
+
+
+@pytest.mark.parametrize(("batch", "num_queries"), [(0, 50), (2, 0), (0, 0)])
+def test_nothing_gives_nothing(lm: SimpleNamespace, batch: int, num_queries: int) -> None:
+    query = torch.randn(batch, num_queries, 4, 16, device=lm.device)
+    key = torch.randn(batch, 50, 2, 16, device=lm.device)
+    assert moba_attention(query, key, key, chunk_size=8, top_k=2).shape == query.shape
 
 
 def test_density_is_counted(lm: SimpleNamespace) -> None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from draftattn.errors import InputError
 from draftattn.kernels import sink_merge
 from draftattn.kernels.rotary import turn_angles, turn_pairs
+from draftattn.kernels.windows import sliding_window_mask
 from draftattn.pipelines.llm import SinkCache, apply
-from draftattn.pipelines.llm.streaming_attention import _window_mask
+from draftattn.pipelines.llm.streaming_attention import _offsets, _window_mask
 from draftattn.pipelines.llm.streaming_ring import Ring
+from draftattn.pipelines.llm.streaming_rotary import RotaryTurn
 
 SINK, WINDOW = 3, 9
 
@@ -25,16 +28,18 @@ def rms(x: Tensor) -> float:
 
 
 class Operators(TorchDispatchMode):
-    """Notes the operators that make or change a tensor; views do neither."""
+    """Notes the operators that make or change a tensor, and the size of the largest; views do neither."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and not (func.is_view or "view" in func.name()):
             self.names.append(func.overloadpacket.__name__)
+            self.largest = max(self.largest, result.numel())
         return result
 
 
@@ -210,6 +215,33 @@ def test_a_model_through_the_kernel(lm: SimpleNamespace, monkeypatch: pytest.Mon
             assert rms(logits[item : item + 1, -text.shape[1] :] - truth) <= bound
 
 
+@pytest.mark.parametrize("starts", [(0,), (0, 200, 7, 999)], ids=["no padding", "padding"])
+@pytest.mark.parametrize("window", [1, 127, 128, 129, 400])
+@pytest.mark.parametrize(("length", "num_kept"), [(1, 0), (900, 0), (257, 130), (128, 400), (300, 1), (999, 128)])
+def test_the_window_s_blocks(length: int, num_kept: int, window: int, starts: tuple[int, ...], lm: Any) -> None:
+    starts = tuple(min(start, num_kept + length) for start in starts)
+    device = torch.device(lm.device)
+    key_offsets = torch.stack([_offsets(start, num_kept + length, device) for start in starts])
+    query_offsets = _offsets(0, length, device)
+    shifts = torch.full_like(query_offsets[1:], num_kept)
+    key_offsets = key_offsets[0] if len(starts) == 1 else key_offsets
+    expected = sliding_window_mask(query_offsets, key_offsets, window + 1, query_shifts=shifts)
+    mask = _window_mask(length, num_kept, starts, window, device)
+    assert torch.equal(mask.block_map, expected.block_map)
+    assert torch.equal(mask.kv_num_blocks, expected.kv_num_blocks)
+    assert torch.equal(mask.kv_indices, expected.kv_indices[..., : mask.kv_indices.shape[-1]])
+    for name in ("query_offsets", "key_offsets", "query_shifts"):
+        assert torch.equal(getattr(mask, name), getattr(expected, name))
+    assert (mask.window, mask.block_size) == (expected.window, expected.block_size)
+
+
+def test_the_window_s_mask_is_linear_in_the_length(lm: Any) -> None:
+    _window_mask.cache_clear()
+    with Operators() as counted:
+        _window_mask(128 * 1000, 0, (0,), 256, torch.device(lm.device))
+    assert counted.largest <= 1000 * 8
+
+
 @torch.no_grad()
 def test_layers_share_what_depends_on_lengths_only(lm: SimpleNamespace) -> None:
     model = lm.model(num_hidden_layers=3)
@@ -248,3 +280,42 @@ def test_training_after_inference_and_the_other_way_round(lm: SimpleNamespace) -
         with torch.no_grad():
             steps = [model(token[None, None], past_key_values=cached).logits for token in ids[0, 30:]]
     assert torch.allclose(torch.cat(steps, 1), expected[:, 30:], atol=1e-4)
+
+
+@torch.no_grad()
+def test_another_batch_is_refused_before_anything_changes(lm: SimpleNamespace) -> None:
+    model = lm.model()
+    cache = SinkCache(model, sink=SINK, window=WINDOW)
+    batch = lm.ids(2 * (SINK + WINDOW + 2)).view(2, -1)
+    for count in (1, SINK + WINDOW + 1):  # the window grows; it is full, and a ring takes its place
+        for token in batch[:, cache.get_seq_length() : count].T:
+            model(token[:, None], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        for items in (batch[:1, :1], batch[:1, :2], torch.cat([batch, batch])[:, :1]):
+            with pytest.raises(InputError, match="items and the cache is for 2; use a new cache"):
+                model(items, past_key_values=cache)
+        logits = [model(batch[:, -1:], past_key_values=x).logits for x in (cache, twin)]
+        assert torch.equal(*logits)
+
+
+def test_angles_of_one_position_are_not_mistaken_for_anothers() -> None:
+    """Models that several threads run share them: what is kept may change between two lines."""
+
+    class Busy(RotaryTurn):
+        reads: Any = iter(())
+
+        @property
+        def _last(self) -> Any:
+            return next(self.reads)
+
+        @_last.setter
+        def _last(self, value: Any) -> None:
+            pass
+
+    frequencies, like = torch.tensor([1.0, 0.1]), (torch.device("cpu"), torch.float32)
+    turn, plain = Busy(frequencies), RotaryTurn(frequencies)
+    mine, others = ((((position,), *like), plain.angles_of_items([position], *like)) for position in (5, 7))
+    for reads in ([mine, mine, others], [mine, others, others], [others, mine, others]):
+        turn.reads = iter(reads)
+        for found, expected in zip(turn.angles_of_items([5], *like), mine[1], strict=True):
+            assert torch.equal(found, expected)
