@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from draftattn.kernels.api import block_sparse_attention
-from draftattn.kernels.block_mask import BlockMask
-from draftattn.kernels.windows import sliding_window_mask
-from draftattn.pipelines.llm.inputs import even_offsets
+from draftattn.pipelines.llm.causal_masks import causal_mask
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
@@ -45,16 +42,12 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, win
         )
         return output.transpose(1, 2)
     # torch aligns a causal mask at the top left, and a mask of its own would be N×K
-    query_offsets, key_offsets = (even_offsets(length, 128, query.device) for length in (num_queries, num_keys))
-    shape = 1, 1, query_offsets.shape[0] - 1, key_offsets.shape[0] - 1
-    block_map = torch.ones(shape, dtype=torch.bool, device=query.device)
-    everything = BlockMask.from_block_map(block_map, query_offsets, key_offsets)
-    return block_sparse_attention(query, key, value, everything, scale=scale, causal=True)
+    mask = causal_mask(num_queries, num_keys, None, query.device)
+    return block_sparse_attention(query, key, value, mask, scale=scale, causal=True)
 
 
 def _with_window(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
     if query.shape[1] == 1:
         return dense_attention(query, key[:, -window:], value[:, -window:], scale)
-    query_offsets, key_offsets = (even_offsets(x.shape[1], 128, query.device) for x in (query, key))
-    mask = sliding_window_mask(query_offsets, key_offsets, window)
+    mask = causal_mask(query.shape[1], key.shape[1], window, query.device)
     return block_sparse_attention(query, key, value, mask, scale=scale, causal=True)

@@ -8,8 +8,7 @@ from torch import Tensor
 from draftattn.kernels.api import block_sparse_attention
 from draftattn.kernels.backends import BackendName, reasons_against
 from draftattn.kernels.block_mask import BlockMask
-from draftattn.kernels.windows import sliding_window_mask
-from draftattn.pipelines.llm.inputs import even_offsets
+from draftattn.pipelines.llm.causal_masks import causal_mask
 from draftattn.pipelines.llm.nsa_compressed_attention import attend_compressed, select_blocks
 from draftattn.pipelines.llm.nsa_config import NSAConfig
 
@@ -72,8 +71,7 @@ def _attend_to_window(
     num_queries, num_keys = query.shape[1], key.shape[1]
     # what lies before the window of the first query need not be looked at
     first = max(0, num_keys - num_queries + 1 - window)
-    query_offsets, key_offsets = (even_offsets(n, 128, query.device) for n in (num_queries, num_keys - first))
-    mask = sliding_window_mask(query_offsets, key_offsets, window)
+    mask = causal_mask(num_queries, num_keys - first, window, query.device)
     return block_sparse_attention(
         query, key[:, first:], value[:, first:], mask, scale=scale, causal=True, backend=backend
     )

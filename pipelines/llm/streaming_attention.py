@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from draftattn.kernels.api import block_sparse_attention
-from draftattn.kernels.block_mask import BlockMask, SlidingWindow
-from draftattn.kernels.runs import mask_of_runs
 from draftattn.kernels.sink_merge import merge_sinks
+from draftattn.pipelines.llm.causal_masks import causal_mask
 from draftattn.pipelines.llm.dense import dense_attention
 from draftattn.pipelines.llm.streaming_config import StreamingConfig
 from draftattn.pipelines.llm.streaming_rotary import RotaryTurn
-
-_BLOCK = 128
 
 
 def streaming_attention(
@@ -61,7 +58,9 @@ def streaming_attention(
         return dense_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     # where each item's text begins among the last M keys
     starts = [max(0, before - (seen - num_kept)) for before in paddings]
-    mask = _window_mask(length, num_kept, tuple(starts) if any(starts) else (0,), config.window, query.device)
+    mask = causal_mask(
+        length, num_kept + length, config.window + 1, query.device, tuple(starts) if any(starts) else (0,)
+    )
     near = key[:, num_sinks:], value[:, num_sinks:]
     if not config.sink or seen + length - min(paddings, default=0) <= config.window + 1:  # no query is past its window
         return block_sparse_attention(query, *near, mask, scale=scale, causal=True)
@@ -87,35 +86,6 @@ def streaming_attention(
 
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a cached inference tensor would break later autograd
-def _window_mask(length: int, num_kept: int, starts: tuple[int, ...], window: int, device: torch.device) -> BlockMask:
-    """The window's blocks for new queries after tokens kept; keys before each item's start are left out."""
-    key_offsets = torch.stack([_offsets(start, num_kept + length, device) for start in starts])
-    query_offsets = _offsets(0, length, device)
-    # [S, Q] keys of each item that the first and the last query of a block see
-    begin = _ints(starts, device)[:, None]
-    oldest = (query_offsets[:-1] + (num_kept - window) - begin).clamp_(min=0)
-    newest = query_offsets[1:] + (num_kept - 1) - begin
-    first = oldest // _BLOCK
-    return mask_of_runs(
-        first,
-        newest // _BLOCK - first + 1,
-        -(-window // _BLOCK) + 2,
-        query_offsets,
-        key_offsets[0] if len(starts) == 1 else key_offsets,
-        _BLOCK,
-        query_shifts=torch.full((len(query_offsets) - 1,), num_kept, dtype=torch.int32, device=device),
-        window=SlidingWindow(window + 1),
-    )
-
-
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)
 def _ints(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """``[B]`` on a device, without a wait for it."""
     return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
-
-
-def _offsets(start: int, end: int, device: torch.device) -> Tensor:
-    """Blocks of the tokens ``start : end``, as many as there would be without ``start``."""
-    blocks = torch.arange(-(-end // _BLOCK) + 1, dtype=torch.int32, device=device) * _BLOCK
-    return (blocks + start).clamp_(max=end)

@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from draftattn.errors import InputError
 from draftattn.kernels import sink_merge
 from draftattn.kernels.rotary import turn_angles, turn_pairs
-from draftattn.kernels.windows import sliding_window_mask
 from draftattn.pipelines.llm import SinkCache, apply
-from draftattn.pipelines.llm.streaming_attention import _offsets, _window_mask
+from draftattn.pipelines.llm.causal_masks import causal_mask
 from draftattn.pipelines.llm.streaming_ring import Ring
 from draftattn.pipelines.llm.streaming_rotary import RotaryTurn
 
@@ -28,18 +27,16 @@ def rms(x: Tensor) -> float:
 
 
 class Operators(TorchDispatchMode):
-    """Notes the operators that make or change a tensor, and the size of the largest; views do neither."""
+    """Notes the operators that make or change a tensor; views do neither."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
-        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and not (func.is_view or "view" in func.name()):
             self.names.append(func.overloadpacket.__name__)
-            self.largest = max(self.largest, result.numel())
         return result
 
 
@@ -215,46 +212,16 @@ def test_a_model_through_the_kernel(lm: SimpleNamespace, monkeypatch: pytest.Mon
             assert rms(logits[item : item + 1, -text.shape[1] :] - truth) <= bound
 
 
-@pytest.mark.parametrize("starts", [(0,), (0, 200, 7, 999)], ids=["no padding", "padding"])
-@pytest.mark.parametrize("window", [1, 127, 128, 129, 400])
-@pytest.mark.parametrize(("length", "num_kept"), [(1, 0), (900, 0), (257, 130), (128, 400), (300, 1), (999, 128)])
-def test_the_window_s_blocks(length: int, num_kept: int, window: int, starts: tuple[int, ...], lm: Any) -> None:
-    starts = tuple(min(start, num_kept + length) for start in starts)
-    device = torch.device(lm.device)
-    key_offsets = torch.stack([_offsets(start, num_kept + length, device) for start in starts])
-    query_offsets = _offsets(0, length, device)
-    shifts = torch.full_like(query_offsets[1:], num_kept)
-    key_offsets = key_offsets[0] if len(starts) == 1 else key_offsets
-    expected = sliding_window_mask(query_offsets, key_offsets, window + 1, query_shifts=shifts)
-    mask = _window_mask(length, num_kept, starts, window, device)
-    assert torch.equal(mask.block_map, expected.block_map)
-    assert torch.equal(mask.kv_num_blocks, expected.kv_num_blocks)
-    assert torch.equal(mask.kv_indices, expected.kv_indices[..., : mask.kv_indices.shape[-1]])
-    for name in ("query_offsets", "key_offsets", "query_shifts"):
-        assert torch.equal(getattr(mask, name), getattr(expected, name))
-    assert (mask.window, mask.block_size) == (expected.window, expected.block_size)
-
-
-def test_the_window_s_mask_is_linear_in_the_length(lm: Any) -> None:
-    _window_mask.cache_clear()
-    with Operators() as counted:
-        _window_mask(128 * 1000, 0, (0,), 256, torch.device(lm.device))
-    assert counted.largest <= 1000 * 8
-
-
 @torch.no_grad()
 def test_layers_share_what_depends_on_lengths_only(lm: SimpleNamespace) -> None:
     model = lm.model(num_hidden_layers=3)
     with apply(model, "streaming", sink=SINK, window=WINDOW + 4):
-        _window_mask.cache_clear()
+        causal_mask.cache_clear()
         cache = model(lm.ids(40)).past_key_values
-        assert (_window_mask.cache_info().misses, _window_mask.cache_info().hits) == (1, 2)
+        assert (causal_mask.cache_info().misses, causal_mask.cache_info().hits) == (1, 2)
         for seed in range(3):
             model(lm.ids(6, seed), past_key_values=cache)
-    assert _window_mask.cache_info().misses == 2
-    with torch.inference_mode():
-        kept = _window_mask(6, WINDOW + 4, (0,), WINDOW + 5, torch.device(lm.device))
-    assert not any(x.is_inference() for x in (kept.kv_indices, kept.key_offsets, kept.query_shifts))
+    assert causal_mask.cache_info().misses == 2
 
 
 @torch.no_grad()
