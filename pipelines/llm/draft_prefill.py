@@ -7,14 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from draftattn.errors import InputError
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.causal_budget import budget_scores
 from draftattn.kernels.selection import BlockSelection, select_from_rank, select_largest
-from draftattn.pipelines.llm.inputs import CausalInputs
+from draftattn.pipelines.llm.inputs import CausalInputs, check_block_size, mean_scores
 from draftattn.pipelines.llm.system import SystemConfig
 from draftattn.policy import CallContext
 
@@ -53,12 +50,6 @@ class DraftPrefillConfig(SystemConfig):
             raise InputError(f"budget is {self.budget!r}; choose layer or row")
 
 
-def check_block_size(block_size: int) -> None:
-    """Raises `InputError` unless kernels take blocks of this size."""
-    if not 16 <= block_size <= 128:
-        raise InputError(f"block_size is {block_size}; it must be 16 to 128")
-
-
 class DraftRows:
     """The mask policy of `DraftPrefillConfig`."""
 
@@ -90,19 +81,6 @@ class DraftRows:
 def _heads_that_share(heads: int, scores: int) -> int:
     """The most heads, a divisor of all, whose scores one kernel can rank together."""
     return max(n for n in range(1, heads + 1) if n == 1 or (heads % n == 0 and n * scores < _MOST_SCORES))
-
-
-def mean_scores(inputs: CausalInputs, scale: float | None = None) -> Tensor:
-    """Scores of mean queries with mean keys, float32 ``[B, H, Q_blocks, K_blocks]``."""
-    query, key = inputs.mean_query, inputs.mean_key
-    batch, rows, heads, head_dim = query.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    # the queries of a group are rows of one product, so that no key is copied
-    grouped = query.transpose(1, 2).reshape(batch * key.shape[2], -1, head_dim)
-    scores = torch.baddbmm(
-        query.new_empty(1, 1, 1), grouped, key.permute(0, 2, 3, 1).flatten(0, 1), beta=0, alpha=scale
-    )
-    return scores.view(batch, heads, rows, -1)
 
 
 @functools.lru_cache(maxsize=64)

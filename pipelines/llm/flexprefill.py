@@ -10,8 +10,7 @@ from torch import Tensor
 from draftattn.errors import InputError
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.smallest_set import smallest_set
-from draftattn.pipelines.llm.draft_prefill import check_block_size, mean_scores
-from draftattn.pipelines.llm.inputs import CausalInputs
+from draftattn.pipelines.llm.inputs import CausalInputs, check_block_size, mean_scores
 from draftattn.pipelines.llm.system import SystemConfig
 from draftattn.pipelines.llm.vertical_slash import vertical_slash_map, vertical_slash_mass
 from draftattn.policy import CallContext

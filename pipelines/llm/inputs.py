@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from draftattn.errors import InputError
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.pooling import PoolRequest, pool_together
 from draftattn.policy import CallContext
@@ -29,6 +30,12 @@ def _even_offsets(length: int, block_size: int, device: torch.device) -> Tensor:
     count = -(-length // block_size)
     steps = torch.arange(count + 1, dtype=torch.int32, device=device) * block_size
     return steps.clamp_(max=length)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises `InputError` unless kernels take blocks of this size."""
+    if not 16 <= block_size <= 128:
+        raise InputError(f"block_size is {block_size}; it must be 16 to 128")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +131,19 @@ def _own_and_before(first: int, columns: int, device: torch.device) -> tuple[Ten
     column = torch.arange(columns, device=device)
     own = column[first:, None]
     return (column == own)[None, None], (column <= own)[None, None]
+
+
+def mean_scores(inputs: CausalInputs, scale: float | None = None) -> Tensor:
+    """Scores of mean queries with mean keys, float32 ``[B, H, Q_blocks, K_blocks]``."""
+    query, key = inputs.mean_query, inputs.mean_key
+    batch, rows, heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    # the queries of a group are rows of one product, so that no key is copied
+    grouped = query.transpose(1, 2).reshape(batch * key.shape[2], -1, head_dim)
+    scores = torch.baddbmm(
+        query.new_empty(1, 1, 1), grouped, key.permute(0, 2, 3, 1).flatten(0, 1), beta=0, alpha=scale
+    )
+    return scores.view(batch, heads, rows, -1)
 
 
 class CausalPolicy(Protocol):

@@ -12,8 +12,7 @@ from draftattn.errors import InputError
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.selection import select_largest
 from draftattn.kernels.split_block_lse import split_block_lse
-from draftattn.pipelines.llm.draft_prefill import check_block_size
-from draftattn.pipelines.llm.inputs import CausalInputs
+from draftattn.pipelines.llm.inputs import CausalInputs, check_block_size
 from draftattn.pipelines.llm.system import SystemConfig
 from draftattn.policy import CallContext
 

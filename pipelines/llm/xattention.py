@@ -10,8 +10,7 @@ from draftattn.errors import InputError
 from draftattn.kernels.antidiagonal_mass import antidiagonal_mass
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.kernels.smallest_set import smallest_set
-from draftattn.pipelines.llm.draft_prefill import check_block_size
-from draftattn.pipelines.llm.inputs import CausalInputs
+from draftattn.pipelines.llm.inputs import CausalInputs, check_block_size
 from draftattn.pipelines.llm.system import SystemConfig
 from draftattn.policy import CallContext
 

@@ -24,10 +24,9 @@ from draftattn.pipelines.llm.draft_prefill import (
     DraftRows,
     blocks_of_layer,
     blocks_of_rows,
-    mean_scores,
 )
 from draftattn.pipelines.llm.flexprefill import FlexPrefillConfig, FlexPrefillPolicy
-from draftattn.pipelines.llm.inputs import CausalInputs
+from draftattn.pipelines.llm.inputs import CausalInputs, mean_scores
 from draftattn.pipelines.llm.system import AttentionCall
 from draftattn.pipelines.llm.vertical_slash import VerticalSlashConfig, VerticalSlashPolicy, vertical_slash_mass
 from draftattn.pipelines.llm.xattention import XAttentionConfig, XAttentionPolicy
