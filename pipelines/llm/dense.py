@@ -22,6 +22,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, win
     Returns:
         ``[B, N, H, D]``.
 
+    >>> import torch
     >>> query, key, value = torch.randn(3, 1, 5, 2, 16).unbind()
     >>> last = dense_attention(query[:, 4:], key, value, 0.25)
     >>> torch.allclose(last, dense_attention(query, key, value, 0.25)[:, 4:], atol=1e-6)
