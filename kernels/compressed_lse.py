@@ -69,5 +69,4 @@ def compressed_lse_reference(query: Tensor, key: Tensor, visible: Tensor, scale:
 
 def _kernel_serves(query: Tensor, key: Tensor) -> bool:
     serves = triton_serves(query) and query.dtype in TRITON_DTYPES and query.shape[3] in TRITON_HEAD_DIMS
-    # a query alone would keep one multiprocessor a key head busy, where torch spreads its keys over all
-    return serves and query.shape[1] > 1 and query.shape[2] // key.shape[2] <= 128
+    return serves and query.shape[2] // key.shape[2] <= 128

@@ -36,11 +36,9 @@ class InfLLMConfig(SystemConfig):
     arXiv 2509.24663.
 
     Decoding does the same with compressed keys that are kept beside the cache. A step reads these, one byte for every
-    ``2 * stride`` that dense attention reads, and ``top_k`` blocks of keys and values, in five kernels a layer and some
-    40 µs of an H100. Dense attention reads 4 KiB for every cached token with 8 key heads of 128 channels in 16 bits, at
-    2 TB/s some 20,000 tokens in that time: by this arithmetic, an estimate and no measurement, sparse decoding pays for
-    one sequence from there on, and for many at once from about ``2 * top_k * block_size`` tokens each. Where Python and
-    not the GPU sets the pace, neither makes a step shorter.
+    ``2 * stride`` that dense attention reads, and ``top_k`` blocks of keys and values: less than dense attention from a
+    little more than ``top_k * block_size`` tokens on. Where Python and not the GPU sets the pace, that makes no step
+    shorter.
 
     Args:
         block_size: tokens of a block, a multiple of ``stride``, at most 128.
