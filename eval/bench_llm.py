@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
@@ -20,6 +21,7 @@ from draftattn.eval.llm_gate import check_system, small_call
 from draftattn.eval.llm_specs import DENSE, SystemSpec
 from draftattn.eval.perplexity import applied
 from draftattn.pipelines.llm.apply import make_system
+from draftattn.pipelines.llm.dense import without_cudnn
 from draftattn.pipelines.llm.density import DensityRecorder
 from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem
 
@@ -160,11 +162,14 @@ def bench_generation(
     """Times prefill and decoding of a whole model, dense and with systems, on random tokens.
 
     Decoding is a loop of forward passes of one token with the cache, without sampling, that waits for every token as
-    `generate` does. Medians over ``repeats`` prefills and over all their tokens.
+    `generate` does; no two runs of a system see the same number of keys, for neither does a text that is generated.
+    Medians over ``repeats`` prefills and over ``new_tokens`` tokens. Dense decoding is torch's attention without
+    cuDNN's kernels, see `draftattn.pipelines.llm.dense.without_cudnn`; what the stock model takes, with the kernels
+    that torch chooses, is said apart.
 
     Returns:
         Rows of ``length`` and ``system`` with ``prefill_seconds``, ``decode_seconds`` per token, their speed-ups over
-        dense, and the ``density`` of the prefill.
+        dense, and the ``density`` of the prefill; in dense rows on a GPU also ``stock_decode_seconds``.
     """
     device = model.device
     rows: list[dict[str, Any]] = []
@@ -174,24 +179,31 @@ def bench_generation(
         for spec in [SystemSpec(DENSE), *(spec for spec in systems if spec.name != DENSE)]:
             on_progress(f"{spec.text}, {length} tokens")
             with applied(model, spec) as recorder:
-                prefills, decodes, density = [], [], 1.0
+                density = 1.0
+                _prefill(model, tokens, device)  # compiles
                 if recorder is not None:
-                    _generate(model, tokens, 0, device)
                     density = recorder.density()
                     recorder.enabled = False
-                for repeat in range(repeats + 1):
-                    prefill, each = _generate(model, tokens, new_tokens, device)
-                    if repeat:  # the first run compiles
-                        prefills.append(prefill)
-                        decodes += each
-            row = {
-                "length": length,
-                **spec.to_json(),
-                "prefill_seconds": median(prefills),
-                "decode_seconds": median(decodes),
-                "density": density,
-            }
-            dense = row if spec.name == DENSE else dense
+                prefills: list[float] = []
+                step: Any = None
+                for _ in range(repeats):
+                    step = None  # its cache must not stay beside the next one
+                    seconds, step = _prefill(model, tokens, device)
+                    prefills.append(seconds)
+                with without_cudnn() if spec.name == DENSE else nullcontext():
+                    step, decodes = _decode(model, step, new_tokens, device)
+                row = {
+                    "length": length,
+                    **spec.to_json(),
+                    "prefill_seconds": median(prefills),
+                    "decode_seconds": median(decodes),
+                    "density": density,
+                }
+                if spec.name == DENSE:
+                    dense = row
+                    if device.type == "cuda":
+                        row["stock_decode_seconds"] = median(_decode(model, step, new_tokens, device)[1])
+                del step
             row["prefill_speedup"] = dense["prefill_seconds"] / row["prefill_seconds"]
             row["decode_speedup"] = dense["decode_seconds"] / row["decode_seconds"]
             rows.append(row)
@@ -261,23 +273,27 @@ def _density(system: AttentionSystem, call: AttentionCall) -> float | None:
     return recorder.density()
 
 
-def _generate(model: Any, tokens: Tensor, new_tokens: int, device: torch.device) -> tuple[float, list[float]]:
-    """Seconds of the prefill, and of each new token."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    times = [now()]
+def _prefill(model: Any, tokens: Tensor, device: torch.device) -> tuple[float, Any]:
+    """Seconds, and the model's output with its cache."""
+    start = _now(device)
     step = model(tokens, use_cache=True, logits_to_keep=1)
-    times.append(now())
+    return _now(device) - start, step
+
+
+def _decode(model: Any, step: Any, new_tokens: int, device: torch.device) -> tuple[Any, list[float]]:
+    """The model's output after more tokens, and the seconds of each."""
+    times = [_now(device)]
     for _ in range(new_tokens):
         token = step.logits[:, -1:].argmax(-1)
         step = model(token, past_key_values=step.past_key_values, use_cache=True)
-        times.append(now())
-    prefill, *each = (end - start for start, end in pairwise(times))
-    return prefill, each
+        times.append(_now(device))
+    return step, [end - start for start, end in pairwise(times)]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _report(kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -287,9 +287,8 @@ def attention_forward_kernel(
             # [BLOCK_N], a mean counts as often as its block has tokens
             b_bias = tl.load(p_bias + o_n)
             b_bias = tl.where(tl.load(p_map + o_n, mask=m_n, other=1) == 0, b_bias, float("-inf"))
-            b_s = tl.broadcast_to(b_bias[None, :], (BLOCK_M, BLOCK_N))
-            # [BLOCK_M, BLOCK_N] scores
-            b_s = tl.dot(b_q, b_k, b_s, input_precision="ieee")
+            # [BLOCK_M, BLOCK_N] scores; products added to a large bias one by one would lose fp32's last digits
+            b_s = tl.dot(b_q, b_k, input_precision="ieee") + b_bias[None, :]
             if CAUSAL:
                 b_end = tl.load(p_key_offsets + o_n + 1, mask=m_n, other=0)
                 b_s = tl.where(b_end[None, :] <= o_position[:, None] + 1, b_s, float("-inf"))

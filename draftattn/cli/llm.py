@@ -364,6 +364,9 @@ def _generation_table(result: dict[str, Any]) -> Table:
             f"{1e3 * row['decode_seconds']:.3f}",
             f"{row['decode_speedup']:.2f}",
         )
+        if (stock := row.get("stock_decode_seconds")) is not None:
+            speedup = row["decode_seconds"] / stock
+            table.add_row("", "as torch chooses", "", "", "", f"{1e3 * stock:.3f}", f"{speedup:.2f}")
     return table
 
 

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from draftattn.errors import InputError
-from draftattn.pipelines.llm.dense import dense_attention
+from draftattn.pipelines.llm.dense import dense_attention, single_query_attention
 from draftattn.pipelines.llm.ranges import TokenRanges
 from draftattn.pipelines.llm.system import AttentionCall, AttentionSystem
 
@@ -164,7 +164,8 @@ def attend_in_groups(
     if mask.num_queries == 1 and mask.padding is not None and (mask.gaps is not None or not _decodes(system)):
         # one query per item: a mask of one row costs nothing, and the whole batch is one call
         padding = _windowed(mask.padding, mask.window)[:, None, None]
-        return _stock(module, query, key[:, :, : mask.num_keys], value[:, :, : mask.num_keys], padding, scale)
+        key, value = (x[:, :, : mask.num_keys] for x in (key, value))
+        return single_query_attention(query, key, value, scale, padding)
     if mask.gaps is not None:
         raise InputError(
             f"attention_mask of item {mask.gaps} has gaps; allowed is padding on the left or on the right (for "
@@ -250,8 +251,4 @@ def _under_a_mask(
             f"{system.name} got {what}; allowed are causal attention with a 2-D attention_mask or none, without packed "
             "sequences"
         )
-    return _stock(module, query, key, value, mask, scale)
-
-
-def _stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scale)[0]

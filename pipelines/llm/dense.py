@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,18 +37,66 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, win
         return _with_window(query, key, value, scale, window)
     if num_queries in (1, num_keys):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=num_queries > 1,
-            scale=scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return output.transpose(1, 2)
+        if num_queries == 1:
+            return single_query_attention(q, k, v, scale)
+        grouped = query.shape[2] != key.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
     # torch aligns a causal mask at the top left, and a mask of its own would be N×K
     mask = causal_mask(num_queries, num_keys, None, query.device)
     return block_sparse_attention(query, key, value, mask, scale=scale, causal=True)
+
+
+def single_query_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """Attention of one query of every item: a decoding step, no slower for a number of keys never met before.
+
+    Args:
+        query: ``[B, H, 1, D]``.
+        key: ``[B, H_kv, K, D]``.
+        value: ``[B, H_kv, K, D]``.
+        scale: factor of the scores.
+        mask: bool ``[B, 1, 1, K]``, the keys that are seen; None for all.
+
+    Returns:
+        ``[B, 1, H, D]``.
+
+    >>> query, key = torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 3, 8)
+    >>> value = torch.tensor([1.0, 2.0, 6.0])[:, None].expand(1, 2, 3, 8)
+    >>> mask = torch.tensor([False, True, True])[None, None, None]
+    >>> for seen in (None, mask):
+    ...     single_query_attention(query, key, value, 1.0, seen).mean().item()
+    3.0
+    4.0
+    """
+    batch, heads, _, head_dim = query.shape
+    grouped = heads != key.shape[1]
+    if grouped and mask is not None:  # no kernel of torch's takes both; a group's heads can be queries of one head
+        query, grouped = query.reshape(batch, key.shape[1], -1, head_dim), False
+    with without_cudnn():
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return output.reshape(batch, 1, heads, head_dim)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Within it torch's attention on a GPU does not choose cuDNN's kernels, unless nothing else is switched on.
+
+    They are the fastest for a prompt. But cuDNN builds a plan for every number of keys that it has not met, which takes
+    tens of milliseconds, and a decoding step has always one key more than the last.
+
+    >>> with without_cudnn():
+    ...     torch.backends.cuda.cudnn_sdp_enabled()
+    False
+    """
+    flags = torch.backends.cuda
+    before = flags.cudnn_sdp_enabled()
+    others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled() or flags.math_sdp_enabled()
+    flags.enable_cudnn_sdp(before and not others)
+    try:
+        yield
+    finally:
+        flags.enable_cudnn_sdp(before)
 
 
 def _with_window(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:

@@ -7,7 +7,6 @@ import inspect
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -15,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from draftattn.errors import InputError
 from draftattn.pipelines.llm.apply import apply, attention_layers
 from draftattn.pipelines.llm.attention import token_ranges
+from draftattn.pipelines.llm.dense import single_query_attention
 from draftattn.pipelines.llm.ranges import TokenRanges
 from draftattn.pipelines.llm.streaming_attention import streaming_attention
 from draftattn.pipelines.llm.streaming_cache import SinkCache
@@ -106,7 +106,8 @@ class Streaming(AttentionSystem):
         num_sinks = key.shape[2] - length - min(seen, self.config.window)
         self._record(layer, seen, length, query.shape[0])
         if length == 1:
-            return _attend_to_all(query, key, value, scale, _hidden(stream, seen, key.shape[2]))
+            mask = _all_but(_hidden(stream, seen, key.shape[2]), key.shape[2], key.device)
+            return single_query_attention(query, key, value, scale, mask)
         return streaming_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -246,12 +247,8 @@ def _hidden(stream: Stream, seen: int, num_keys: int) -> tuple[int, ...]:
     return tuple(min(num_keys - 1, max(0, before - (seen + 1 - num_keys))) for before in stream.padding or (0,))
 
 
-def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float, hidden: tuple[int, ...]) -> Tensor:
-    """One query of every item over all keys but hidden ones; ``[B, H, 1, D]`` inputs, output ``[B, 1, H, D]``."""
-    mask = None
-    if any(hidden):
-        first = torch.tensor(hidden, device=key.device)[:, None, None, None]
-        mask = torch.arange(key.shape[2], device=key.device) >= first
-    grouped = query.shape[1] != key.shape[1]
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return output.transpose(1, 2)
+def _all_but(hidden: tuple[int, ...], num_keys: int, device: torch.device) -> Tensor | None:
+    """Bool ``[B, 1, 1, K]`` without so many keys from the left; None where nothing is hidden."""
+    if not any(hidden):
+        return None
+    return torch.arange(num_keys, device=device) >= torch.tensor(hidden, device=device)[:, None, None, None]
