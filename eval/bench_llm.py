@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -148,6 +148,16 @@ def bench_attention(
     }
 
 
+@dataclass
+class _Times:
+    """Of one system at one length, seconds."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    stock: list[float] = field(default_factory=list)
+    density: float | None = None
+
+
 @torch.no_grad()
 def bench_generation(
     model: Any,
@@ -162,51 +172,56 @@ def bench_generation(
     """Times prefill and decoding of a whole model, dense and with systems, on random tokens.
 
     Decoding is a loop of forward passes of one token with the cache, without sampling, that waits for every token as
-    `generate` does; no two runs of a system see the same number of keys, for neither does a text that is generated.
-    Medians over ``repeats`` prefills and over ``new_tokens`` tokens. Dense decoding is torch's attention without
-    cuDNN's kernels, see `draftattn.pipelines.llm.dense.without_cudnn`; what the stock model takes, with the kernels
-    that torch chooses, is said apart.
+    `generate` does. Systems take turns; medians over ``repeats`` prefills and over all their tokens. Dense decoding is
+    torch's attention without cuDNN's kernels, see `draftattn.pipelines.llm.dense.without_cudnn`. What the stock model
+    takes, with the kernels that torch chooses, is said apart, over ``new_tokens`` tokens: a text that is generated has
+    a number of keys that no step before had, and so have these.
 
     Returns:
         Rows of ``length`` and ``system`` with ``prefill_seconds``, ``decode_seconds`` per token, their speed-ups over
         dense, and the ``density`` of the prefill; in dense rows on a GPU also ``stock_decode_seconds``.
     """
     device = model.device
+    specs = [SystemSpec(DENSE), *(spec for spec in systems if spec.name != DENSE)]
     rows: list[dict[str, Any]] = []
     for length in lengths:
         tokens = torch.randint(0, model.config.vocab_size, (1, length), device=device)
-        dense: dict[str, Any] = {}
-        for spec in [SystemSpec(DENSE), *(spec for spec in systems if spec.name != DENSE)]:
-            on_progress(f"{spec.text}, {length} tokens")
-            with applied(model, spec) as recorder:
-                density = 1.0
-                _prefill(model, tokens, device)  # compiles
-                if recorder is not None:
-                    density = recorder.density()
-                    recorder.enabled = False
-                prefills: list[float] = []
-                step: Any = None
-                for _ in range(repeats):
-                    step = None  # its cache must not stay beside the next one
+        found = [_Times() for _ in specs]
+        for turn in range(repeats + 1):
+            # in turns: a machine's host has slow and fast minutes
+            for spec, times in zip(specs, found, strict=True):
+                on_progress(f"{spec.text}, {length} tokens")
+                with applied(model, spec) as recorder:
+                    if recorder is not None:
+                        recorder.enabled = turn == 0
                     seconds, step = _prefill(model, tokens, device)
-                    prefills.append(seconds)
-                with without_cudnn() if spec.name == DENSE else nullcontext():
-                    step, decodes = _decode(model, step, new_tokens, device)
-                row = {
+                    if turn == 0:  # compiles, and says the density
+                        times.density = 1.0 if recorder is None else recorder.density()
+                        continue
+                    times.prefill.append(seconds)
+                    with without_cudnn() if spec.name == DENSE else nullcontext():
+                        step, each = _decode(model, step, new_tokens, device)
+                    times.decode += each
+                    if spec.name == DENSE and device.type == "cuda" and turn == 1:
+                        # as many keys as nothing had before, of which cuDNN keeps no plan yet
+                        times.stock = _decode(model, step, new_tokens, device)[1]
+                    del step
+        dense, *_ = found
+        for spec, times in zip(specs, found, strict=True):
+            prefill, decode = median(times.prefill), median(times.decode)
+            stock = {"stock_decode_seconds": median(times.stock)} if times.stock else {}
+            rows.append(
+                {
                     "length": length,
                     **spec.to_json(),
-                    "prefill_seconds": median(prefills),
-                    "decode_seconds": median(decodes),
-                    "density": density,
+                    "prefill_seconds": prefill,
+                    "decode_seconds": decode,
+                    **stock,
+                    "density": times.density,
+                    "prefill_speedup": median(dense.prefill) / prefill,
+                    "decode_speedup": median(dense.decode) / decode,
                 }
-                if spec.name == DENSE:
-                    dense = row
-                    if device.type == "cuda":
-                        row["stock_decode_seconds"] = median(_decode(model, step, new_tokens, device)[1])
-                del step
-            row["prefill_speedup"] = dense["prefill_seconds"] / row["prefill_seconds"]
-            row["decode_speedup"] = dense["decode_seconds"] / row["decode_seconds"]
-            rows.append(row)
+            )
     return {**_report("generation", model.dtype, device), "model": name, "new_tokens": new_tokens, "rows": rows}
 
 

@@ -26,15 +26,17 @@ _HAS_DESCRIPTORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 def _online_softmax(b_s, b_v, b_acc, b_max, b_sum, scale_log2):
     """Adds raw scores ``b_s`` (-inf where masked, [M, N]) and their values ([N, D]) to the running softmax.
 
-    The scale is positive, so that it may follow the maximum: one multiply-add per score.
+    The scale is positive, so that it may follow the maximum: one multiply-add per score. The running maximum is kept
+    scaled, so that it is rounded once: one that stays then rescales by exactly 1. A multiply-add of the bare one would
+    be off by its rounding in every tile, and sums drift with their number.
     """
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
     # a row with no valid key so far keeps a finite pivot, for -inf - -inf is NaN
-    b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max) * scale_log2
+    b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
     # [M, N] probabilities
     b_p = tl.exp2(b_s * scale_log2 - b_pivot[:, None])
     # [M] rescales what was summed so far
-    b_rescale = tl.exp2(b_max * scale_log2 - b_pivot)
+    b_rescale = tl.exp2(b_max - b_pivot)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
     if b_v.dtype == tl.float32:
         # a product that adds to what was summed before rounds it once per key; fma keeps the compiler from joining them
@@ -284,14 +286,16 @@ def attention_forward_kernel(
                 b_k = tl.load(p_tile, mask=m_n[None, :] & m_d[:, None], other=0.0)
                 p_tile = p_mean_v + o_n.to(tl.int64)[:, None] * stride_mvn + o_d[None, :]
                 b_v = tl.load(p_tile, mask=m_n[:, None] & m_d[None, :], other=0.0)
-            # [BLOCK_N], a mean counts as often as its block has tokens
-            b_bias = tl.load(p_bias + o_n)
-            b_bias = tl.where(tl.load(p_map + o_n, mask=m_n, other=1) == 0, b_bias, float("-inf"))
-            # [BLOCK_M, BLOCK_N] scores; products added to a large bias one by one would lose fp32's last digits
-            b_s = tl.dot(b_q, b_k, input_precision="ieee") + b_bias[None, :]
+            # [BLOCK_M, BLOCK_N] scores
+            b_s = tl.dot(b_q, b_k, input_precision="ieee")
+            m_s = (tl.load(p_map + o_n, mask=m_n, other=1) == 0)[None, :]
             if CAUSAL:
                 b_end = tl.load(p_key_offsets + o_n + 1, mask=m_n, other=0)
-                b_s = tl.where(b_end[None, :] <= o_position[:, None] + 1, b_s, float("-inf"))
+                m_s = m_s & (b_end[None, :] <= o_position[:, None] + 1)
+            # [BLOCK_N], a mean counts as often as its block has tokens. Added to what is masked already: the compiler
+            # would begin the product with it, and fp32 lose digits at each of the steps that follow
+            b_bias = tl.load(p_bias + o_n)
+            b_s = tl.where(m_s, b_s, float("-inf")) + b_bias[None, :]
             b_acc, b_max, b_sum = _online_softmax(b_s, b_v, b_acc, b_max, b_sum, scale_log2)
 
     # a row that saw nothing has a sum of 0 and gives zeros
@@ -299,7 +303,7 @@ def attention_forward_kernel(
     p_rows = p_out + (o_m.to(tl.int64) * stride_os + o_g * stride_oh)[:, None] + o_d[None, :]
     tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_q)
     if p_lse is not None:
-        b_lse = (b_max * scale_log2 + tl.log2(b_sum)) * 0.6931471805599453
+        b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
         tl.store(p_lse + o_m + o_g * stride_lh, b_lse, mask=o_m < end)
 
 
