@@ -301,14 +301,14 @@ def _wait_for_scores(b_s, flags, s_bias, s_last, o_m, COLUMNS: gl.constexpr, CAU
 def _online_softmax(b_s, b_max, scale_log2):
     """Probabilities of scores ``b_s`` (-inf where masked), the running maximum, and what rescales the sums so far.
 
-    The maximum is kept scaled, so that it is rounded once: one that stays then rescales by exactly 1. A multiply-add of
-    the bare one would be off by its rounding in every tile, and sums drift with their number.
+    A maximum that stays rescales by exactly 1, for its difference is scaled: a multiply-add against the scaled pivot
+    would be off by the pivot's rounding in every tile, and sums drift with their number.
     """
-    b_new_max = gl.maximum(b_max, gl.max(b_s, 1) * scale_log2)
+    b_new_max = gl.maximum(b_max, gl.max(b_s, 1))
     # a row with no valid key so far keeps a finite pivot, for -inf - -inf is NaN
     b_pivot = gl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-    b_p = _exp2(b_s * scale_log2 - gl.expand_dims(b_pivot, 1))
-    b_rescale = _exp2(b_max - b_pivot)
+    b_p = _exp2(b_s * scale_log2 - gl.expand_dims(b_pivot * scale_log2, 1))
+    b_rescale = _exp2((b_max - b_pivot) * scale_log2)
     return b_p, b_new_max, b_rescale
 
 
@@ -390,7 +390,7 @@ def _consume(rings, p_out, p_lse, heads, scale_log2, HALF: gl.constexpr, STAGES:
         p_rows = p_out + o_out.to(gl.int64) * D + gl.expand_dims(o_o.to(gl.int64) * (heads * D), 1)
         gl.store(p_rows + gl.expand_dims(o_d, 0), b_out, mask=gl.expand_dims(o_o < rows, 1))
         if RETURN_LSE:
-            b_lse = (b_row_max + gl.log2(b_row_sum)) * 0.6931471805599453
+            b_lse = (b_row_max * scale_log2 + gl.log2(b_row_sum)) * 0.6931471805599453
             gl.store(p_lse + o_lse + o_m, gl.where(b_row_sum == 0.0, float("-inf"), b_lse), mask=o_m < rows)
         rows = next_rows
         o_out = next_out

@@ -26,17 +26,17 @@ _HAS_DESCRIPTORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 def _online_softmax(b_s, b_v, b_acc, b_max, b_sum, scale_log2):
     """Adds raw scores ``b_s`` (-inf where masked, [M, N]) and their values ([N, D]) to the running softmax.
 
-    The scale is positive, so that it may follow the maximum: one multiply-add per score. The running maximum is kept
-    scaled, so that it is rounded once: one that stays then rescales by exactly 1. A multiply-add of the bare one would
-    be off by its rounding in every tile, and sums drift with their number.
+    The scale is positive, so that it may follow the maximum: one multiply-add per score. A maximum that stays rescales
+    by exactly 1, for its difference is scaled: a multiply-add against the scaled pivot would be off by the pivot's
+    rounding in every tile, and sums drift with their number.
     """
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
     # a row with no valid key so far keeps a finite pivot, for -inf - -inf is NaN
     b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
     # [M, N] probabilities
-    b_p = tl.exp2(b_s * scale_log2 - b_pivot[:, None])
+    b_p = tl.exp2(b_s * scale_log2 - (b_pivot * scale_log2)[:, None])
     # [M] rescales what was summed so far
-    b_rescale = tl.exp2(b_max - b_pivot)
+    b_rescale = tl.exp2((b_max - b_pivot) * scale_log2)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
     if b_v.dtype == tl.float32:
         # a product that adds to what was summed before rounds it once per key; fma keeps the compiler from joining them
@@ -303,7 +303,7 @@ def attention_forward_kernel(
     p_rows = p_out + (o_m.to(tl.int64) * stride_os + o_g * stride_oh)[:, None] + o_d[None, :]
     tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_q)
     if p_lse is not None:
-        b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+        b_lse = (b_max * scale_log2 + tl.log2(b_sum)) * 0.6931471805599453
         tl.store(p_lse + o_m + o_g * stride_lh, b_lse, mask=o_m < end)
 
 
