@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,12 +55,12 @@ def single_query_attention(
     Args:
         query: ``[B, H, 1, D]``.
         key: ``[B, H_kv, K, D]``.
-        value: ``[B, H_kv, K, D]``.
+        value: ``[B, H_kv, K, D_v]``.
         scale: factor of the scores.
         mask: bool ``[B, 1, 1, K]``, the keys that are seen; None for all.
 
     Returns:
-        ``[B, 1, H, D]``.
+        ``[B, 1, H, D_v]``.
 
     >>> query, key = torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 3, 8)
     >>> value = torch.tensor([1.0, 2.0, 6.0])[:, None].expand(1, 2, 3, 8)
@@ -70,33 +71,62 @@ def single_query_attention(
     4.0
     """
     batch, heads, _, head_dim = query.shape
-    grouped = heads != key.shape[1]
+    kv_heads = key.shape[1]
+    grouped = heads != kv_heads
     if grouped and mask is not None:  # no kernel of torch's takes both; a group's heads can be queries of one head
-        query, grouped = query.reshape(batch, key.shape[1], -1, head_dim), False
+        query, grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim), False
     with without_cudnn():
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return output.reshape(batch, 1, heads, head_dim)
+    return output.reshape(batch, 1, heads, value.shape[-1])
+
+
+class _CudnnSwitch:
+    """torch's switch of cuDNN's attention, which is one for the process: the last thread to leave puts it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    def enter(self) -> None:
+        flags = torch.backends.cuda
+        with self._lock:
+            if not self._inside:
+                self._before = flags.cudnn_sdp_enabled()
+            self._inside += 1
+            others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled()
+            flags.enable_cudnn_sdp(self._before and not others)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cuda.enable_cudnn_sdp(self._before)
+
+
+_switch = _CudnnSwitch()
 
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Within it torch's attention on a GPU does not choose cuDNN's kernels, unless nothing else is switched on.
+    """Within it torch's attention on a GPU leaves cuDNN's kernels out, unless the other fast ones are switched off.
 
     They are the fastest for a prompt. But cuDNN builds a plan for every number of keys that it has not met, which takes
-    tens of milliseconds, and a decoding step has always one key more than the last.
+    tens of milliseconds, and a decoding step has always one key more than the last. The switch is the process's: other
+    threads do without cuDNN meanwhile. While torch compiles, which cannot trace it, it does nothing.
 
     >>> with without_cudnn():
     ...     torch.backends.cuda.cudnn_sdp_enabled()
     False
     """
-    flags = torch.backends.cuda
-    before = flags.cudnn_sdp_enabled()
-    others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled() or flags.math_sdp_enabled()
-    flags.enable_cudnn_sdp(before and not others)
+    if torch.compiler.is_compiling():
+        yield
+        return
+    _switch.enter()
     try:
         yield
     finally:
-        flags.enable_cudnn_sdp(before)
+        _switch.leave()
 
 
 def _with_window(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from draftattn.pipelines.llm.dense import single_query_attention, without_cudnn
+from draftattn.pipelines.llm import apply
+from draftattn.pipelines.llm.dense import dense_attention, single_query_attention, without_cudnn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SWITCHES = torch.backends.cuda
 
 
+@pytest.fixture(autouse=True)
+def _cudnn_is_on() -> Iterator[None]:
+    before = SWITCHES.cudnn_sdp_enabled()
+    SWITCHES.enable_cudnn_sdp(True)
+    yield
+    SWITCHES.enable_cudnn_sdp(before)
+
+
 def literal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """The definition, in float64."""
+    """The definition, in the dtype of its inputs."""
     group = query.shape[1] // key.shape[1]
-    query, key, value = query.double(), *(x.double().repeat_interleave(group, dim=1) for x in (key, value))
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     scores = query @ key.mT * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -26,26 +42,40 @@ def literal(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
-@pytest.mark.parametrize("num_keys", [1, 37, 1001])
-def test_single_query_attention(num_keys: int, heads: int, kv_heads: int, masked: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("num_keys", "value_dim"), [(1, 32), (37, 32), (1001, 32), (37, 16)])
+def test_single_query_attention(
+    num_keys: int, value_dim: int, heads: int, kv_heads: int, masked: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(num_keys)
     query = torch.randn(3, heads, 1, 32, device=DEVICE, dtype=dtype)
     key, value = torch.randn(2, 3, kv_heads, num_keys, 32, device=DEVICE, dtype=dtype)
+    value = value[..., :value_dim]
     mask = None
     if masked:
         mask = torch.rand(3, 1, 1, num_keys, device=DEVICE) < 0.5
         mask[..., -1] = True
     output = single_query_attention(query, key, value, 0.3, mask)
     assert output.dtype == dtype
-    assert output.shape == (3, 1, heads, 32)
-    exact = literal(query, key, value, 0.3, mask)
-    error = (output.double() - exact).norm() / exact.norm()
-    assert error <= (5e-6 if dtype == torch.float32 else 8e-3)
+    assert output.shape == (3, 1, heads, value_dim)
+    exact = literal(query.double(), key.double(), value.double(), 0.3, mask)
+    error, torchs = (
+        (x.double() - exact).norm() / exact.norm() for x in (output, literal(query, key, value, 0.3, mask))
+    )
+    assert error <= 2 * torchs + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_no_items(masked: bool) -> None:
+    query, key = torch.empty(0, 4, 1, 16, device=DEVICE), torch.empty(0, 2, 5, 16, device=DEVICE)
+    mask = torch.empty(0, 1, 1, 5, dtype=torch.bool, device=DEVICE) if masked else None
+    assert single_query_attention(query, key, key, 1.0, mask).shape == (0, 1, 4, 16)
 
 
 def test_other_kernels_serve_in_place_of_cudnn() -> None:
-    assert SWITCHES.cudnn_sdp_enabled()
     with without_cudnn():
+        assert not SWITCHES.cudnn_sdp_enabled()
+        with without_cudnn():
+            assert not SWITCHES.cudnn_sdp_enabled()
         assert not SWITCHES.cudnn_sdp_enabled()
     assert SWITCHES.cudnn_sdp_enabled()
     with pytest.raises(RuntimeError, match="inside"), without_cudnn():
@@ -60,6 +90,56 @@ def test_the_callers_choice_of_one_kernel_stands(chosen: SDPBackend) -> None:
         with without_cudnn():
             assert (SWITCHES.cudnn_sdp_enabled(), SWITCHES.flash_sdp_enabled(), SWITCHES.math_sdp_enabled()) == before
         assert SWITCHES.cudnn_sdp_enabled() == before[0]
+
+
+def test_threads_leave_the_switch_as_it_was() -> None:
+    interval = sys.getswitchinterval()
+
+    def use() -> None:
+        for _ in range(2000):
+            with without_cudnn():
+                pass
+
+    threads = [threading.Thread(target=use) for _ in range(3)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert SWITCHES.cudnn_sdp_enabled()
+
+
+def test_a_step_compiles_whole() -> None:
+    query, key = torch.randn(1, 1, 4, 16, device=DEVICE), torch.randn(1, 9, 2, 16, device=DEVICE)
+    compiled = torch.compile(dense_attention, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(query, key, key, 0.3), dense_attention(query, key, key, 0.3))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["alone", "padded"])
+@pytest.mark.parametrize(("system", "options"), [("draft", {}), ("streaming", {"sink": 2, "window": 6})])
+def test_no_step_of_a_model_asks_cudnn(
+    lm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, system: str, options: dict[str, Any], padded: bool
+) -> None:
+    model = lm.model()
+    stock, seen = functional.scaled_dot_product_attention, []
+
+    def spy(query: Tensor, *arguments: Any, **others: Any) -> Tensor:
+        mask = others.get("attn_mask")
+        if query.shape[2] == 1 or mask is not None:
+            seen.append(SWITCHES.cudnn_sdp_enabled())
+        return stock(query, *arguments, **others)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    sequences = [lm.ids(9), lm.ids(5, seed=1)] if padded else [lm.ids(9)]
+    batch = lm.pad(sequences, "left")
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with apply(model, system, **options):
+        model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert len(seen) >= 2 * 3
+    assert not any(seen)
 
 
 @pytest.mark.gpu
