@@ -175,7 +175,7 @@ def attend_in_groups(
     groups = mask.groups()
     if len(groups) == 1 and groups[0] == (None, 0, mask.num_keys):
         return _attend(system, module, query, key[:, : mask.num_keys], value[:, : mask.num_keys], scale, mask)
-    output = torch.zeros_like(query)
+    output = query.new_zeros(*query.shape[:3], value.shape[3])
     for items, first, end in groups:
         first_query = max(first - mask.query_offset, 0)
         rows = slice(first_query, end - mask.query_offset)

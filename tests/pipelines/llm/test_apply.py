@@ -226,6 +226,21 @@ def test_what_cannot_be_served_is_refused(lm: SimpleNamespace) -> None:
         model.train()(ids)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_values_narrower_than_keys_are_served_densely(lm: SimpleNamespace, side: str) -> None:
+    model = lm.model("deepseek")
+    batch = lm.pad([lm.ids(12), lm.ids(7, seed=1)], side)
+    stock = lm.real_rows(batch, logits(model, **batch))
+    with apply(model, "draft"):
+        for ours, expected in zip(lm.real_rows(batch, logits(model, **batch)), stock, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        step = model(lm.ids(12), use_cache=True)
+        decoded = model(lm.ids(1), past_key_values=step.past_key_values).logits
+    whole = logits(model, torch.cat([lm.ids(12), lm.ids(1)], dim=1))
+    torch.testing.assert_close(decoded, whole[:, 12:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_decode_step_over_a_mask_with_gaps_is_served_where_decoding_is_dense(lm: SimpleNamespace) -> None:
     model = lm.model()
     batch = lm.pad([lm.ids(20, 1), lm.ids(13, 2)], "right")
