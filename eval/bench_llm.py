@@ -325,6 +325,6 @@ def _report(kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, An
         "versions": package_versions(),
         "notes": {
             "times": "seconds, choice of blocks included; attention: CUDA events on a GPU, systems timed in turns",
-            "density": "share of the causal pairs of a query and a key that was computed",
+            "density": "share of the causal pairs of a query and a key that was computed; nsa sums three branches",
         },
     }

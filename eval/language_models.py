@@ -1,8 +1,13 @@
-"""Loading language models: from a hub, a folder, or a GGUF file."""
+"""Loading language models: from a hub, a folder, or a GGUF file.
+
+A source is a repository id, a folder in transformers' layout, or a ``.gguf`` file, whose weights are dequantised.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +20,46 @@ def load_language_model(source: str, *, dtype: torch.dtype, device: torch.device
     """A causal language model of transformers in evaluation mode, and its tokenizer.
 
     Args:
-        source: a repository id, a folder in transformers' layout, or a ``.gguf`` file, whose weights are dequantised.
+        source: where it is.
         dtype: of the weights.
         device: where they go.
 
     Raises:
         InputError: if there is no such model, or a package that reads it is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = load_tokenizer(source)
+    return load_model(source, dtype=dtype, device=device), tokenizer
 
+
+def load_model(source: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model alone; see `load_language_model`."""
+    from transformers import AutoModelForCausalLM
+
+    with _readable(source) as (where, arguments):
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **_dequantised(arguments))
+    return model.eval().to(device=device)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer alone, which takes a fraction of the model's time; see `load_language_model`."""
+    from transformers import AutoTokenizer
+
+    with _readable(source) as (where, arguments):
+        return AutoTokenizer.from_pretrained(where, **arguments)
+
+
+def num_layers(source: str) -> int:
+    """Layers of a model, from its configuration alone; raises as `load_language_model` does."""
+    from transformers import AutoConfig
+
+    with _readable(source) as (where, arguments):
+        config = AutoConfig.from_pretrained(where, **arguments)
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
+
+
+@contextlib.contextmanager
+def _readable(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What transformers' ``from_pretrained`` takes for a source; what it then raises names the source."""
     where, arguments = source, {}
     path = Path(source)
     if path.suffix == ".gguf":
@@ -35,11 +71,9 @@ def load_language_model(source: str, *, dtype: torch.dtype, device: torch.device
     elif path.exists() and not (path / "config.json").is_file():
         raise InputError(f"model {source!r} is no folder with a config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **_dequantised(arguments))
+        yield where, arguments
     except (OSError, ValueError) as error:
         raise InputError(f"model {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.eval().to(device=device), tokenizer
 
 
 def _dequantised(arguments: dict[str, Any]) -> dict[str, Any]:

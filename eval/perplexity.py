@@ -128,7 +128,8 @@ def perplexity_report(
         "versions": package_versions(),
         "notes": {
             "perplexity": "exp of the mean negative log-likelihood of the first tokens, one forward pass",
-            "density": "share of the causal pairs of a query and a key that was computed, over all layers and heads",
+            "density": "share of the causal pairs of a query and a key that was computed, over all layers and heads; "
+            "nsa sums three branches",
         },
         "rows": rows,
     }

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from draftattn.cli import options, tables
+from draftattn.cli import llm_tables, options, tables
+from draftattn.cli.spoken_warnings import spoken_warnings
 from draftattn.errors import InputError
 from draftattn.files import check_writable, written_whole
 
@@ -47,16 +46,24 @@ def _llm() -> None:
 
 @llm_app.command(
     epilog="Example: draftattn llm perplexity --model SmolLM2-135M-Instruct.Q4_1.gguf --text essays.txt "
-    "--lengths 1024,4096 --sweep --output perplexity.json --plot perplexity.svg"
+    "--lengths 4096 --sweep --output perplexity.json --plot perplexity.svg"
 )
 @options.interruptible
+@spoken_warnings()
 def perplexity(
     model: Model,
     text: Text,
-    lengths: Annotated[str, typer.Option(help="Leading tokens of the text to read, by commas.")] = "1024,4096",
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Leading tokens of the text to read, by commas. Default: 1024,4096, with --sweep 4096."),
+    ] = None,
     system: Systems = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Also every system that needs no training, at three densities each.")
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Also every system that needs no training, at three densities each; lengths of 2,048 tokens or more.",
+        ),
     ] = False,
     dtype: Dtype = options.Dtype.auto,
     output: Output = None,
@@ -66,13 +73,15 @@ def perplexity(
     from draftattn.eval.llm_specs import density_sweep
     from draftattn.eval.perplexity import check_lengths, measure_perplexity, perplexity_report
 
+    if lengths is None:
+        lengths = "4096" if sweep else "1024,4096"
     given, sizes = _specs(system), _lengths(lengths)
     systems = {size: list(dict.fromkeys([*given, *(density_sweep(size) if sweep else [])])) for size in sizes}
     _check_outputs(output, plot)
-    content = _read_text(text)
-    loaded, tokenizer, device = _load(model, dtype)
-    tokens = tokenizer(content, return_tensors="pt").input_ids[0].to(device)
+    tokens = _tokens(model, _read_text(text))
     check_lengths(sizes, len(tokens))
+    loaded, device = _load(model, dtype)
+    tokens = tokens.to(device)
     console = tables.wide_console()
     with console.status("measuring") as status:
         rows = [
@@ -80,20 +89,7 @@ def perplexity(
             for size, specs in systems.items()
             for row in measure_perplexity(loaded, tokens, specs, [size], status.update)
         ]
-    table = Table(box=box.SIMPLE)
-    for heading in ("system", "tokens", "density", "perplexity", "× dense", "last quarter", "seconds"):
-        table.add_column(heading, justify="left" if heading == "system" else "right", overflow="fold")
-    for row in rows:
-        table.add_row(
-            _name(row),
-            str(row["length"]),
-            _number(row["density"], ".3f"),
-            f"{row['perplexity']:.3f}",
-            f"{row['against_dense']:.3f}",
-            f"{row['last_quarter']:.3f}",
-            f"{row['seconds']:.2f}",
-        )
-    console.print(table)
+    console.print(llm_tables.perplexity_table(rows))
     _finish(console, perplexity_report(_shown(model), text.name, rows, loaded, device), output, plot)
 
 
@@ -102,6 +98,7 @@ def perplexity(
     "--system infllm --max-new-tokens 100"
 )
 @options.interruptible
+@spoken_warnings()
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="What to continue.")] = None,
@@ -123,17 +120,21 @@ def generate(
 
     if (prompt is None) == (prompt_file is None):
         raise InputError("give either --prompt or --prompt-file")
-    if max_new_tokens < 1 or temperature < 0:
-        raise InputError(
-            f"max-new-tokens is {max_new_tokens} and temperature {temperature}; allowed are at least 1 and 0"
-        )
+    _check_least(1, max_new_tokens=max_new_tokens)
+    _check_least(0, temperature=temperature)
     spec = _specs([system])[0] if system else SystemSpec(DENSE)
     content = prompt if prompt_file is None else _read_text(prompt_file)
-    loaded, tokenizer, device = _load(model, dtype)
+    if not content:
+        raise InputError("the prompt is empty")
+    tokenizer = _tokenizer(model)
     if chat:
         messages = [{"role": "user", "content": content}]
         content = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(content, return_tensors="pt").to(device)
+    inputs = tokenizer(content, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise InputError("the prompt is empty: the model's tokenizer makes no token of it")
+    loaded, device = _load(model, dtype)
+    inputs = inputs.to(device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with applied(loaded, spec) as recorder:
@@ -143,6 +144,8 @@ def generate(
     typer.echo(tokenizer.decode(made[0, length:], skip_special_tokens=True))
     shown = "" if density is None else f", density {density:.3f}"
     typer.echo(f"{spec.text}: {length} tokens of prompt, {made.shape[1] - length} new{shown}", err=True)
+    if note := llm_tables.density_note([density]):
+        typer.echo(note, err=True)
 
 
 @llm_app.command(
@@ -150,15 +153,16 @@ def generate(
     "infllm:query_block=32 --output llm.json --plot llm.svg"
 )
 @options.interruptible
+@spoken_warnings()
 def bench(
     lengths: Annotated[
         str | None, typer.Option(help="Tokens, by commas. Default: 8192,32768,131072 on a GPU, 2048 on a CPU.")
     ] = None,
     system: Systems = None,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="Key heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    heads: Annotated[int | None, typer.Option(help="Without --model: query heads. Default 32.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Without --model: key heads. Default 8.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Without --model: channels of a head. Default 128.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Without --model: sequences. Default 1.")] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -166,9 +170,11 @@ def bench(
             "weights in the sizes of llama-1b, llama-8b or tiny."
         ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="With random weights: fewer layers.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="With --model: tokens to decode.")] = 32,
-    seconds: Annotated[float, typer.Option(help="Without --model: how long each call is timed.")] = 0.3,
+    layers: Annotated[int | None, typer.Option(help="With random weights: only so many layers.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="With --model: tokens to decode. Default 32.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Without --model: how long each call is timed. Default 0.3.")
+    ] = None,
     dtype: Dtype = options.Dtype.auto,
     output: Output = None,
     plot: Plot = None,
@@ -183,28 +189,33 @@ def bench(
     device = options.default_device()
     sizes = _lengths(lengths or ("8192,32768,131072" if device.type == "cuda" else "2048"))
     specs = _specs(system or list(bench_llm.DEFAULT_SYSTEMS))
-    if min(new_tokens, layers or 1) < 1 or seconds <= 0:
-        raise InputError(f"new-tokens is {new_tokens}, layers {layers}, seconds {seconds}; all must be above 0")
+    of_layer = _given(heads=heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch)
+    of_timing, of_model = _given(seconds=seconds), _given(new_tokens=new_tokens)
+    if model is None:
+        _refuse({**of_model, **_given(layers=layers)}, "it applies with --model only")
+    else:
+        _refuse({**of_layer, **of_timing}, "it applies without --model only")
+        _check_layers(model, layers)
+    _check_least(1, **of_layer, **of_model)
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"seconds is {seconds}; it must be above 0")
     _check_outputs(output, plot)
     weights = options.resolve_dtype(dtype, device)
     console = tables.wide_console()
     if model is not None:
-        if model in bench_llm.ARCHITECTURES:
-            loaded = bench_llm.random_model(model, layers, weights, device)
-        else:
-            loaded, _, _ = _load(model, dtype)
+        loaded = _load_or_random(model, layers, dtype)
         with console.status("measuring") as status:
             result = bench_llm.bench_generation(
-                loaded, _shown(model), sizes, specs, new_tokens=new_tokens, on_progress=status.update
+                loaded, _shown(model), sizes, specs, **of_model, on_progress=status.update
             )
-        console.print(_generation_table(result))
+        console.print(llm_tables.generation_table(result))
     else:
-        shape = bench_llm.AttentionShape(heads, kv_heads, head_dim, batch)
+        shape = bench_llm.AttentionShape(**of_layer)
         with console.status("measuring") as status:
             result = bench_llm.bench_attention(
-                shape, sizes, specs, dtype=weights, device=device, seconds=seconds, on_progress=status.update
+                shape, sizes, specs, dtype=weights, device=device, **of_timing, on_progress=status.update
             )
-        console.print(_attention_table(result))
+        console.print(llm_tables.attention_table(result))
     _finish(console, result, output, plot)
     if result.get("red"):
         typer.echo(f"draftattn: wrong results, not timed: {', '.join(result['red'])}", err=True)
@@ -216,6 +227,7 @@ def bench(
     "--epochs 20 --output gates"
 )
 @options.interruptible
+@spoken_warnings()
 def distill(
     model: Model,
     text: Text,
@@ -232,17 +244,30 @@ def distill(
     dtype: Dtype = options.Dtype.auto,
 ) -> None:
     """Train SeerAttention's gates on a frozen model by self-distillation, and save only them."""
+    from draftattn.eval.language_models import num_layers
+    from draftattn.pipelines.llm.seer_gate import GateShape
     from draftattn.pipelines.llm.seer_training import distill as train
 
-    if length < 1 or (max_sequences is not None and max_sequences < 1):
-        raise InputError(f"length is {length} and max-sequences {max_sequences}; both must be at least 1")
+    # all that can be refused before the weights are loaded
+    GateShape(form, 1, 1, 1, block_size, gate_dim)  # type: ignore[arg-type]
+    _check_least(1, epochs=epochs, **_given(max_sequences=max_sequences))
+    if not learning_rate > 0:
+        raise InputError(f"learning-rate is {learning_rate}; it must be above 0")
+    if length < 4 * block_size:
+        raise InputError(f"length is {length}; it must be at least {4 * block_size}, four blocks of {block_size}")
     chosen = _numbers("layers", layers) if layers else None
     content = _read_text(text)
-    loaded, tokenizer, device = _load(model, dtype)
-    tokens = tokenizer(content, return_tensors="pt").input_ids[0].to(device)
-    batches: list[Tensor] = [part[None] for part in tokens.split(length) if len(part) == length][:max_sequences]
-    if not batches:
+    if chosen is not None:
+        count = num_layers(model)
+        if wrong := [layer for layer in chosen if not -count <= layer < count]:
+            raise InputError(f"layers names layer {wrong[0]}; the model has layers 0 to {count - 1}")
+    tokens = _tokens(model, content)
+    sequences = [part[None] for part in tokens.split(length) if len(part) == length][:max_sequences]
+    if not sequences:
         raise InputError(f"the text has {len(tokens)} tokens; a sequence needs {length}")
+    check_writable(output / f"{form}.json")
+    loaded, device = _load(model, dtype)
+    batches = [sequence.to(device) for sequence in sequences]
     console = tables.wide_console()
     with console.status("training") as status:
         result = train(
@@ -291,12 +316,63 @@ def _read_text(path: Path) -> str:
         raise InputError(f"text {str(path)!r} is not UTF-8: {error.reason}") from error
 
 
-def _load(model: str, dtype: options.Dtype) -> tuple[Any, Any, torch.device]:
-    from draftattn.eval.language_models import load_language_model
+def _given(**values: Any) -> dict[str, Any]:
+    """The options that the user gave; what takes them has the defaults of the others."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _refuse(given: dict[str, Any], reason: str) -> None:
+    for name, value in given.items():
+        raise InputError(f"{name.replace('_', '-')} is {value}; {reason}")
+
+
+def _check_least(least: int, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= least:
+            raise InputError(f"{name.replace('_', '-')} is {value}; it must be at least {least}")
+
+
+def _tokenizer(model: str) -> Any:
+    from draftattn.eval.language_models import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+def _tokens(model: str, content: str) -> Tensor:
+    """Ids ``[N]`` of a text, for which a model's weights are not needed."""
+    return _tokenizer(model)(content, return_tensors="pt").input_ids[0]
+
+
+def _load(model: str, dtype: options.Dtype) -> tuple[Any, torch.device]:
+    from draftattn.eval.language_models import load_model
 
     device = options.default_device()
-    loaded, tokenizer = load_language_model(model, dtype=options.resolve_dtype(dtype, device), device=device)
-    return loaded, tokenizer, device
+    return load_model(model, dtype=options.resolve_dtype(dtype, device), device=device), device
+
+
+def _check_layers(model: str, layers: int | None) -> None:
+    """Checks that only a model with random weights is asked for fewer layers, and for no more than it has."""
+    from draftattn.eval.bench_llm import ARCHITECTURES
+
+    if layers is None:
+        return
+    if model not in ARCHITECTURES:
+        raise InputError(f"layers is {layers}; it applies to random weights only: --model {', '.join(ARCHITECTURES)}")
+    *_, depth, _ = ARCHITECTURES[model]
+    if not 1 <= layers <= depth:
+        raise InputError(f"layers is {layers}; {model} has {depth}, allowed is 1 to {depth}")
+
+
+def _load_or_random(model: str, layers: int | None, dtype: options.Dtype) -> Any:
+    from draftattn.eval.bench_llm import ARCHITECTURES, random_model
+
+    if model in ARCHITECTURES:
+        device = options.default_device()
+        return random_model(model, layers, options.resolve_dtype(dtype, device), device)
+    try:
+        return _load(model, dtype)[0]
+    except InputError as error:
+        raise InputError(f"{error}; or choose {', '.join(ARCHITECTURES)} for random weights") from error
 
 
 def _shown(model: str) -> str:
@@ -325,56 +401,3 @@ def _finish(console: Console, result: dict[str, Any], output: Path | None, plot:
 
         plot_llm(result, plot)
         console.print(f"Wrote {plot}")
-
-
-def _attention_table(result: dict[str, Any]) -> Table:
-    shape = result["shape"]
-    table = Table(
-        box=box.SIMPLE,
-        title=f"prefill attention, {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
-        f"{result['dtype']}, {result['device']}; × against {result['baseline']}",
-        title_justify="left",
-    )
-    for heading in ("tokens", "system", "density", "ms", "of it selection", "×"):
-        table.add_column(heading, justify="left" if heading == "system" else "right", overflow="fold")
-    for row in result["rows"]:
-        selection = row["selection_seconds"]
-        table.add_row(
-            str(row["length"]),
-            _name(row),
-            _number(row["density"], ".3f"),
-            f"{1e3 * row['seconds']['median']:.3f}",
-            "" if selection is None else f"{1e3 * selection:.3f}",
-            f"{row['speedup']:.2f}",
-        )
-    return table
-
-
-def _generation_table(result: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE, title=f"{result['model']}, {result['dtype']}, {result['device']}")
-    for heading in ("tokens", "system", "density", "prefill ms", "×", "decode ms a token", "×"):
-        table.add_column(heading, justify="left" if heading == "system" else "right", overflow="fold")
-    for row in result["rows"]:
-        table.add_row(
-            str(row["length"]),
-            _name(row),
-            _number(row["density"], ".3f"),
-            f"{1e3 * row['prefill_seconds']:.2f}",
-            f"{row['prefill_speedup']:.2f}",
-            f"{1e3 * row['decode_seconds']:.3f}",
-            f"{row['decode_speedup']:.2f}",
-        )
-        if (stock := row.get("stock_decode_seconds")) is not None:
-            speedup = row["decode_seconds"] / stock
-            table.add_row("", "stock, as torch chooses", "", "", "", f"{1e3 * stock:.3f}", f"{speedup:.2f}")
-    return table
-
-
-def _name(row: dict[str, Any]) -> str:
-    from draftattn.eval.llm_specs import SystemSpec
-
-    return SystemSpec(row["system"], tuple(row["options"].items())).text
-
-
-def _number(value: float | None, shape: str) -> str:
-    return "" if value is None else format(value, shape)

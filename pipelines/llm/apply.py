@@ -55,7 +55,7 @@ class AttentionHandle:
         return self.system.recorder
 
     def install(self) -> None:
-        """Puts the system in charge; `apply` does this."""
+        """Puts the system in charge, again if it was removed; `apply` does this."""
         model = self._model()
         assert model is not None
         self.system.attach(model, self._layers)
@@ -66,6 +66,7 @@ class AttentionHandle:
             attention.register()
             model.set_attn_implementation(attention.NAME)
             attention.serve(self._config, modules, self.system)
+            _handles[model] = self
         except BaseException:
             self.remove()
             raise
@@ -111,7 +112,7 @@ def apply(model: PreTrainedModel, system: str | AttentionSystem, **options: Any)
     """Computes the attention of a causal language model by a sparse system from now on.
 
     The model stays as transformers made it: `generate`, caches, gradients, padding on either side and batches work.
-    Applying again replaces what was applied before.
+    Applying again replaces what was applied before, which stays in force where that fails.
 
     Args:
         model: a causal language model of transformers 5 with plain softmax attention (Llama, SmolLM, Qwen2, Qwen3,
@@ -137,10 +138,15 @@ def apply(model: PreTrainedModel, system: str | AttentionSystem, **options: Any)
     >>> model.config._attn_implementation
     'sdpa'
     """
+    if isinstance(model, str | AttentionSystem):
+        raise InputError(
+            f"model is a {type(model).__name__}; the model comes first, then the system: apply(model, ...)"
+        )
     chosen = make_system(system, **options)
     layers = attention_layers(model)
     exempt = _resolve_layers(chosen.config.dense_layers, len(layers))
     layers = {layer: module for layer, module in layers.items() if layer not in exempt}
+    before = _handles.get(model)
     remove(model)
     if model.config.get_text_config(decoder=True)._attn_implementation == attention.NAME:
         raise InputError(
@@ -148,8 +154,12 @@ def apply(model: PreTrainedModel, system: str | AttentionSystem, **options: Any)
             "call model.set_attn_implementation('sdpa') here, and apply again"
         )
     handle = AttentionHandle(model, chosen, layers)
-    handle.install()
-    _handles[model] = handle
+    try:
+        handle.install()
+    except BaseException:
+        if before is not None:
+            before.install()
+        raise
     return handle
 
 
@@ -170,6 +180,8 @@ def make_system(system: str | AttentionSystem, **options: Any) -> AttentionSyste
         if options:
             raise InputError(f"options {', '.join(options)} are given with a made system; give them with a name")
         return system
+    if not isinstance(system, str):
+        raise InputError(f"system is a {type(system).__name__}; it must be a name or an AttentionSystem")
     kind = system_class(system)
     known = [field.name for field in dataclasses.fields(kind.config_class)]
     if unknown := [name for name in options if name not in known]:
@@ -203,10 +215,15 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
         for module in model.modules()
         if all(hasattr(module, name) for name in wanted) and module.is_causal
     }
-    if not found or not model._can_set_attn_implementation():
+    allowed = "allowed are decoder models such as Llama, Qwen2, Qwen3 and Mistral"
+    if not found:
         raise InputError(
-            f"{type(model).__name__} has no causal attention that transformers' AttentionInterface reaches; allowed "
-            "are decoder models such as Llama, Qwen2, Qwen3 and Mistral"
+            f"{type(model).__name__} has no attention module with {', '.join(wanted)}, is_causal being true, by which "
+            f"one that can be served is known; {allowed}"
+        )
+    if not model._can_set_attn_implementation():
+        raise InputError(
+            f"{type(model).__name__} computes attention without transformers' AttentionInterface; {allowed}"
         )
     return dict(sorted(found.items()))
 

@@ -124,6 +124,12 @@ def attention_function(
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if unknown:
         raise InputError(f"attention with {', '.join(unknown)} cannot be served; only plain softmax attention can")
+    packed = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if others.get(name) is not None]
+    if packed:
+        raise InputError(
+            f"packed sequences ({', '.join(packed)}) cannot be served; give the texts as a padded batch with its "
+            "attention_mask"
+        )
     if dropout:
         raise InputError(f"attention dropout is {dropout}; block-sparse attention has none, so it must be 0")
     if system is None:

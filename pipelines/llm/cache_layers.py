@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from draftattn.errors import InputError
+
 Layer = TypeVar("Layer", bound=DynamicLayer)
+
+
+def check_model(model: Any) -> None:
+    """Raises `InputError` for what is no model of transformers, such as its configuration."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"model is a {type(model).__name__}; it must be a model of transformers")
 
 
 def adopt_layer(cache: Any, layer: int, kind: type[Layer], *arguments: Any) -> Layer | None:

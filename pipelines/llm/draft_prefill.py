@@ -46,8 +46,6 @@ class DraftPrefillConfig(SystemConfig):
         if not 0 < self.density <= 1:
             raise InputError(f"density is {self.density}; it must be in (0, 1]")
         check_block_size(self.block_size)
-        if self.budget not in ("layer", "row"):
-            raise InputError(f"budget is {self.budget!r}; choose layer or row")
 
 
 class DraftRows:

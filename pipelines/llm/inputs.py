@@ -24,7 +24,7 @@ def even_offsets(length: int, block_size: int, device: torch.device | str) -> Te
     return _even_offsets(length, block_size, torch.device(device)).clone()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64, typed=True)  # 64.0 must not take the place of 64
 @torch.inference_mode(False)  # a kept inference tensor would break later autograd
 def _even_offsets(length: int, block_size: int, device: torch.device) -> Tensor:
     count = -(-length // block_size)

@@ -109,12 +109,16 @@ class NSA(AttentionSystem):
         self._hooks: list[Any] = []
         self._calls: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._turn: RotaryTurn | None = None
+        self._looked_at_gates = False
 
     def attach(self, model: nn.Module, layers: dict[int, nn.Module]) -> None:
-        """Adds the parameters to every layer, from ``weights`` where the config names a file."""
-        made = {layer: self._branches(module) for layer, module in layers.items()}
+        """Adds the parameters to every layer, from ``weights`` where the config names a file.
+
+        Layers that they were taken out of get them back as they were.
+        """
+        made = {layer: self._branches(layer, module) for layer, module in layers.items()}
         turn = None if self.config.compression == "mean" else rotary_turn(model)  # type: ignore[arg-type]
-        if self.config.weights is not None:
+        if self.config.weights is not None and self._modules != layers:
             load_branches(made, Path(self.config.weights), self.config)
         self.branches, self._turn, self._modules = made, turn, dict(layers)
         for layer, module in layers.items():
@@ -130,16 +134,19 @@ class NSA(AttentionSystem):
             module._modules.pop(CHILD, None)
         self._calls.clear()
 
-    def _branches(self, module: nn.Module) -> NSABranches:
+    def _branches(self, layer: int, module: nn.Module) -> NSABranches:
         if CHILD in module._modules:
             raise InputError(f"{type(module).__name__} already has a child {CHILD!r}; remove it first")
         config, head_dim = getattr(module, "config", None), getattr(module, "head_dim", None)
         weight = next((x for x in module.parameters() if x.is_floating_point() and x.ndim == 2), None)
         if config is None or head_dim is None or weight is None:
             raise InputError(f"{type(module).__name__} is not an attention layer with a config, head_dim and weights")
-        branches = NSABranches(
-            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim, self.config
-        )
+        if self._modules.get(layer) is module:
+            branches = self.branches[layer]
+        else:
+            branches = NSABranches(
+                config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim, self.config
+            )
         return branches.to(device=weight.device, dtype=weight.dtype)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -158,6 +165,8 @@ class NSA(AttentionSystem):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The three branches of one call."""
+        if not (self._looked_at_gates or call.module.training):
+            self._warn_of_untrained_gates()
         hidden_states, position_ids = self._calls[call.layer]
         branches = self.branches[call.layer]
         compressed = self._compressed(call, branches, hidden_states.shape[0], position_ids)
@@ -169,6 +178,14 @@ class NSA(AttentionSystem):
                 len(call.query),
             )  # fmt: skip
         return output
+
+    def _warn_of_untrained_gates(self) -> None:
+        """Looks once, for that waits for the device: the weights of the gates begin as zeros."""
+        self._looked_at_gates = True
+        if self.config.weights is None and not any(x.gate.weight.any() for x in self.branches.values()):
+            self.say_once(
+                "nsa: no weights are given, so its gates are untrained; train the model with them, or give weights="
+            )
 
     def _compressed(
         self, call: AttentionCall, branches: NSABranches, batch: int, position_ids: Tensor | None

@@ -58,8 +58,6 @@ class NSAConfig(SystemConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compression not in ("linear", "mean"):
-            raise InputError(f"compression is {self.compression!r}; choose linear or mean")
         if self.compression_stride < 1:
             raise InputError(f"compression_stride is {self.compression_stride}; it must be at least 1")
         for name in ("compression_block", "block_size"):

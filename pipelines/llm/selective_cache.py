@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from draftattn.errors import InputError
+from draftattn.pipelines.llm.cache_layers import check_model
 from draftattn.pipelines.llm.selective_attention import SelectiveState, fresh_state
 
 Budget = int | Sequence[int | None] | None
@@ -113,25 +114,26 @@ class SelectiveCache(Cache):
     """A cache for `generate` on a model with selective attention, with a memory budget.
 
     Args:
-        config: the model's configuration.
+        model: the model that the cache is for.
         budget: most keys that each layer keeps, one number or one per layer; None for all.
 
     Raises:
-        InputError: if a budget is below 2 or there is not one for each layer.
+        InputError: if there is no model, a budget is below 2 or there is not one for each layer.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from draftattn.pipelines.llm import apply
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
     ...     num_attention_heads=4, num_key_value_heads=2))
     >>> handle = apply(model, "selective")
-    >>> cache = SelectiveCache(model.config, budget=8)
+    >>> cache = SelectiveCache(model, budget=8)
     >>> text = model.generate(torch.arange(2, 22)[None], past_key_values=cache, max_new_tokens=4, do_sample=False)
     >>> cache.get_seq_length(), cache.layers[0].keys.shape[2]
     (23, 8)
     """
 
-    def __init__(self, config: PretrainedConfig, budget: Budget = None) -> None:
-        count = config.get_text_config(decoder=True).num_hidden_layers
+    def __init__(self, model: PreTrainedModel, budget: Budget = None) -> None:
+        check_model(model)
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
         budgets = [budget_of_layer(budget, layer) for layer in range(count)]
         for each in budgets:
             check_budget(each)

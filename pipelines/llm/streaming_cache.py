@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from draftattn.errors import InputError
+from draftattn.pipelines.llm.cache_layers import check_model
 from draftattn.pipelines.llm.streaming_config import StreamingConfig, check_own_window
 from draftattn.pipelines.llm.streaming_layer import SinkLayer, Stream
 from draftattn.pipelines.llm.streaming_rotary import rotary_turn
@@ -36,7 +37,8 @@ class SinkCache(Cache):
         attention_mask: ``[B, N]`` of a prompt with left padding, which the cache has to know on a stock model.
 
     Raises:
-        InputError: if a number is out of range, or the model's rotary embedding or its own window does not allow it.
+        InputError: if there is no model, a number is out of range, or the model's rotary embedding or its own window
+            does not allow it.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -54,6 +56,7 @@ class SinkCache(Cache):
     def __init__(
         self, model: PreTrainedModel, *, sink: int = 4, window: int = 1020, attention_mask: Tensor | None = None
     ) -> None:
+        check_model(model)
         config = StreamingConfig(sink=sink, window=window)
         check_own_window(model, config)
         self.stream = Stream(config, rotary_turn(model))

@@ -34,15 +34,14 @@ class StreamingConfig(SystemConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dense_len or self.dense_layers:
-            raise InputError(
-                f"dense_len is {self.dense_len} and dense_layers {self.dense_layers}; streaming serves all layers and "
-                "lengths alike, so neither may be given"
-            )
+        for name in ("dense_len", "dense_layers"):
+            if value := getattr(self, name):
+                raise InputError(
+                    f"{name} is {value}; streaming serves all layers and lengths alike, so it may not be given"
+                )
         for name, least in (("sink", 0), ("window", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name} is {value!r}; allowed is {least} or more")
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; allowed is {least} or more")
 
     @property
     def size(self) -> int:

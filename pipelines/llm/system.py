@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from draftattn.errors import InputError
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.pipelines.llm.density import DensityRecorder
+from draftattn.pipelines.llm.options import checked_options
 from draftattn.pipelines.llm.ranges import TokenRanges
 
 
@@ -29,10 +31,11 @@ class SystemConfig:
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # of every subclass, too; a list is what a command line or a JSON file gives
+        for name, value in checked_options(self).items():
+            object.__setattr__(self, name, value)
         if self.dense_len < 0:
             raise InputError(f"dense_len is {self.dense_len}; it must not be negative")
-        # a list is what a command line or a JSON file gives
-        object.__setattr__(self, "dense_layers", tuple(int(layer) for layer in self.dense_layers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +135,7 @@ class AttentionSystem(ABC):
         if call.num_keys <= self.config.dense_len:
             self.say_once(
                 f"{self.name}: sequences of up to {self.config.dense_len} tokens stay dense, where sparsity does not "
-                "pay (dense_len)"
+                "pay; dense_len=0 makes them sparse"
             )
             return False
         return True
@@ -141,7 +144,7 @@ class AttentionSystem(ABC):
         """Warns, the first time only."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=_level_of_caller())
 
     def mask(self, request: dict[str, Any]) -> Any:
         """What the layers get as ``attention_mask``, from the keyword arguments of transformers' mask functions."""
@@ -163,3 +166,11 @@ class AttentionSystem(ABC):
         from draftattn.pipelines.llm.attention import attend_in_groups
 
         return attend_in_groups(self, module, query, key, value, mask, scale, sliding_window)
+
+
+def _level_of_caller() -> int:
+    """The ``stacklevel``, for the function that asks, of the line that called the model."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("draftattn", "transformers", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level

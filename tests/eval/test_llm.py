@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from draftattn.cli.app import app
+from draftattn.cli.spoken_warnings import spoken_warnings
 from draftattn.errors import InputError
 from draftattn.eval import bench_llm
 from draftattn.eval.dense_yardstick import dense_yardstick
@@ -262,6 +265,142 @@ def test_distilled_gates_serve(folder: Path, text: Path, tmp_path: Path) -> None
     measured = run("perplexity", *common, "--lengths", "128", "--system", f"seer:gates={gates},ratio=0.5")
     assert measured.exit_code == 0, measured.output
     assert "seer" in measured.output
+
+
+def refusal(*arguments: str) -> str:
+    """The one sentence that a command ends with."""
+    result = run(*arguments)
+    assert isinstance(result.exception, InputError), result.output
+    return str(result.exception)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model's weights is a failure."""
+    from transformers import AutoModelForCausalLM
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def test_a_sweep_has_lengths_of_its_own(folder: Path, text: Path, no_weights: None) -> None:
+    common = ["perplexity", "--model", str(folder), "--text", str(text)]
+    assert refusal(*common, "--sweep") == "length is 4096; the text has 295 tokens, and 8 are the least"
+    assert refusal(*common).startswith("length is 1024;")
+    assert "2048 tokens or more" in refusal(*common, "--sweep", "--lengths", "1024")
+    shown = " ".join(run("perplexity", "--help").output.replace("│", " ").split())
+    assert "--lengths 4096 --sweep" in shown
+    assert "2,048 tokens or more" in shown
+
+
+def test_a_model_that_is_none_is_answered_with_those_there_are(tmp_path: Path) -> None:
+    said = refusal("bench", "--model", str(tmp_path))
+    assert said.endswith("is no folder with a config.json; or choose llama-1b, llama-8b, tiny for random weights")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "1"], "layers is 1; it applies with --model only"),
+        (["--new-tokens", "32"], "new-tokens is 32; it applies with --model only"),
+        (["--model", "tiny", "--heads", "32"], "heads is 32; it applies without --model only"),
+        (["--model", "tiny", "--kv-heads", "2"], "kv-heads is 2; it applies without --model only"),
+        (["--model", "tiny", "--head-dim", "8"], "head-dim is 8; it applies without --model only"),
+        (["--model", "tiny", "--batch", "2"], "batch is 2; it applies without --model only"),
+        (["--model", "tiny", "--seconds", "1"], "seconds is 1.0; it applies without --model only"),
+        (["--model", "tiny", "--layers", "3"], "layers is 3; tiny has 2, allowed is 1 to 2"),
+        (["--model", "tiny", "--layers", "0"], "layers is 0; tiny has 2, allowed is 1 to 2"),
+        (["--model", "x", "--layers", "1"], "layers is 1; it applies to random weights only"),
+        (["--model", "tiny", "--new-tokens", "0"], "new-tokens is 0; it must be at least 1"),
+        (["--seconds", "0"], "seconds is 0.0; it must be above 0"),
+        (["--heads", "0"], "heads is 0; it must be at least 1"),
+    ],
+)
+def test_bench_ignores_no_option(arguments: list[str], message: str) -> None:
+    assert refusal("bench", *arguments).startswith(message)
+
+
+def test_an_empty_prompt_is_refused_before_the_weights_are_loaded(
+    folder: Path, tmp_path: Path, no_weights: None
+) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert refusal("generate", "--model", "nowhere", "--prompt", "") == "the prompt is empty"
+    assert refusal("generate", "--model", "nowhere", "--prompt-file", str(empty)) == "the prompt is empty"
+    stripping = tmp_path / "stripping"
+    shutil.copytree(folder, stripping)
+    described = json.loads((stripping / "tokenizer.json").read_text())
+    described["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (stripping / "tokenizer.json").write_text(json.dumps(described))
+    assert refusal("generate", "--model", str(stripping), "--prompt", " ").startswith("the prompt is empty: ")
+
+
+def test_generate_names_only_the_wrong_option() -> None:
+    common = ["generate", "--model", "nowhere", "--prompt", "a"]
+    assert refusal(*common, "--max-new-tokens", "0") == "max-new-tokens is 0; it must be at least 1"
+    assert refusal(*common, "--temperature", "-1") == "temperature is -1.0; it must be at least 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--form", "both"], "form is 'both'; choose from prefill, decode"),
+        (["--block-size", "0"], "block_size is 0;"),
+        (["--gate-dim", "3"], "gate_dim is 3;"),
+        (["--epochs", "0"], "epochs is 0; it must be at least 1"),
+        (["--max-sequences", "0"], "max-sequences is 0; it must be at least 1"),
+        (["--learning-rate", "0"], "learning-rate is 0.0; it must be above 0"),
+        (["--length", "255"], "length is 255; it must be at least 256, four blocks of 64"),
+        (["--layers", "99"], "layers names layer 99; the model has layers 0 to 1"),
+        (["--layers", "-3"], "layers names layer -3; the model has layers 0 to 1"),
+        (["--length", "296"], "the text has 295 tokens; a sequence needs 296"),
+    ],
+)
+def test_distill_refuses_before_the_weights_are_loaded(
+    arguments: list[str], message: str, folder: Path, text: Path, tmp_path: Path, no_weights: None
+) -> None:
+    common = ["distill", "--model", str(folder), "--text", str(text), "--output", str(tmp_path / "gates")]
+    assert refusal(*common, *arguments).startswith(message)
+    assert not (tmp_path / "gates").exists()
+    (tmp_path / "gates").touch()
+    assert "cannot be written" in refusal(*common, "--length", "256")
+
+
+def test_warnings_of_a_system_are_sentences(folder: Path, text: Path) -> None:
+    systems = [part for size in (16, 32) for part in ("--system", f"draft:density=0.4,block_size={size}")]
+    common = ["--model", str(folder), "--text", str(text), "--lengths", "64", "--dtype", "float32"]
+    result = run("perplexity", *common, *systems)
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if "stay dense" in line]
+    assert len(said) == 1
+    assert said[0].startswith("draftattn: draft: sequences of up to ")
+    assert "UserWarning" not in result.stderr
+
+
+def test_warnings_of_others_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        with spoken_warnings():
+            for _ in range(2):
+                make_system("draft").say_once("ours")
+                warnings.warn("of another module", stacklevel=1)
+        warnings.warn("afterwards", stacklevel=1)
+    assert [str(each.message) for each in record] == ["of another module", "of another module", "afterwards"]
+    assert capsys.readouterr().err == "draftattn: ours\n"
+
+
+def test_a_density_above_one_is_explained(folder: Path, text: Path) -> None:
+    nsa = "nsa:compression_block=8,compression_stride=4,block_size=16,num_selected=20,window=300,dense_len=0"
+    common = ["--model", str(folder), "--dtype", "float32"]
+    made = ["generate", *common, "--prompt-file", str(text), "--max-new-tokens", "2"]
+    read = ["perplexity", *common, "--text", str(text), "--lengths", "64"]
+    for command in (made, read):
+        explained, plain = run(*command, "--system", nsa), run(*command, "--system", DRAFT)
+        assert explained.exit_code == plain.exit_code == 0, explained.output
+        assert "a density above 1 adds up branches" in explained.output
+        assert "above 1" not in plain.output
 
 
 @pytest.mark.parametrize(

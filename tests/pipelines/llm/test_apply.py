@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pathlib
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -11,13 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel
 
 from draftattn.errors import InputError
 from draftattn.pipelines.llm import AttentionCall, AttentionSystem, SystemConfig, apply, remove
 from draftattn.pipelines.llm.dense import dense_attention
+from draftattn.pipelines.llm.seer_gate import GateShape, SeerGate
+from draftattn.pipelines.llm.seer_weights import GateSet, save_gates
 
 EVERYTHING = {"density": 1.0, "dense_len": 0, "block_size": 16}
 SPARSE = {"density": 0.4, "dense_len": 0, "block_size": 16}
+NSA_SIZES = {"compression_block": 8, "compression_stride": 4, "block_size": 16, "num_selected": 3, "window": 9}
 
 
 class Observed(AttentionSystem):
@@ -92,12 +97,68 @@ def test_short_sequences_stay_dense_and_this_is_said_once(lm: SimpleNamespace) -
     model, ids = lm.model(), lm.ids(40)
     before = logits(model, ids)
     apply(model, "draft", **{**SPARSE, "dense_len": 40})
-    with pytest.warns(UserWarning, match="up to 40 tokens stay dense"):
+    with pytest.warns(UserWarning, match=r"up to 40 tokens stay dense.*; dense_len=0 makes them sparse$") as said:
         assert torch.equal(logits(model, ids), before)
+    assert [warning.filename for warning in said] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logits(model, ids)
     assert not torch.equal(logits(model, lm.ids(41))[:, :40], before)
+
+
+@pytest.mark.parametrize("applied", ["moba", "nsa", "streaming"])
+def test_a_failed_apply_leaves_what_was_applied_in_force(
+    lm: SimpleNamespace, tmp_path: pathlib.Path, applied: str
+) -> None:
+    model, ids = lm.model(), lm.ids(60)
+    stock = logits(model, ids)
+    shape = GateShape("prefill", 4, 2, head_dim=32, block_size=16, gate_dim=8)  # the model's heads have 16 channels
+    inv_freq = torch.ones(4)
+    save_gates(GateSet(shape, {0: SeerGate(shape, inv_freq)}, inv_freq), tmp_path)
+    options = {"moba": {"chunk_size": 8, "top_k": 2}, "nsa": NSA_SIZES, "streaming": {"sink": 2, "window": 9}}[applied]
+    handle = apply(model, applied, **options)
+    recorder = handle.record_density()
+    if applied == "nsa":
+        with torch.no_grad():
+            for x in handle.system.parameters():
+                x.add_(0.1)  # as training does
+    before = logits(model, ids)
+    assert not torch.equal(before, stock)
+    for system, others, words in (
+        ("selective", {"head": 9}, "head is 9"),
+        ("seer", {"gates": tmp_path}, "head_dim 32"),
+        ("nsa", {"weights": "nowhere"}, "nowhere"),
+        ("streaming", {"dense_layers": [0]}, "dense_layers"),
+    ):
+        with pytest.raises(InputError, match=words):
+            apply(model, system, **others)
+        assert torch.equal(logits(model, ids), before)
+    recorder.reset()
+    logits(model, ids)
+    assert recorder.density()
+    handle.remove()
+    assert torch.equal(logits(model, ids), stock)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_untrained_gates_are_told_of_once_outside_training(lm: SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    model, ids = lm.model(), lm.ids(40)
+    handle = apply(model, "nsa", **NSA_SIZES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()(ids)
+    with pytest.warns(UserWarning, match="nsa: no weights are given, so its gates are untrained"):
+        logits(model.eval(), ids)
+    handle.system.save(tmp_path / "weights")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model, ids)
+        apply(model, "nsa", **NSA_SIZES, weights=tmp_path / "weights")
+        logits(model, ids)
+        handle = apply(model, "nsa", **NSA_SIZES)
+        with torch.no_grad():
+            handle.system.branches[0].gate.weight.add_(0.1)  # as training does
+        logits(model, ids)
 
 
 def test_calls_come_without_padding_and_with_the_cache(lm: SimpleNamespace) -> None:
@@ -202,6 +263,14 @@ def test_what_cannot_be_served_is_refused(lm: SimpleNamespace) -> None:
         apply(model, "dragon")
     with pytest.raises(InputError, match="moba has no option chunks; it has dense_len, dense_layers, chunk_size"):
         apply(model, "moba", chunks=3)
+    with pytest.raises(InputError, match=r"^model is a str; the model comes first") as swapped:
+        apply("draft", model)  # type: ignore[arg-type]
+    assert len(str(swapped.value)) < 120
+    with pytest.raises(InputError, match=r"^system is a LlamaForCausalLM; it must be a name"):
+        apply(model, model)  # type: ignore[arg-type]
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel has no attention module with layer_idx, .*scaling"):
+        apply(gpt2, "moba")
     with pytest.raises(InputError, match="must be a model of transformers"):
         apply(torch.nn.Linear(2, 2), "moba")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="dense_len is -1"):
@@ -216,6 +285,10 @@ def test_what_cannot_be_served_is_refused(lm: SimpleNamespace) -> None:
     packed = torch.arange(12)[None] % 6
     with pytest.raises(InputError, match="without packed sequences"):
         logits(model, ids, position_ids=packed.to(ids.device), use_cache=False)
+    collated = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": [3] * n} for n in (5, 7)])
+    collated = {name: x.to(ids.device) if isinstance(x, Tensor) else x for name, x in collated.items()}
+    with pytest.raises(InputError, match=r"packed sequences .cu_seq_lens_q, cu_seq_lens_k. cannot be served"):
+        logits(model, **collated)
     with pytest.raises(InputError, match=r"a mask \[1, 1, 12, 12\]"):
         logits(model, ids, attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool, device=ids.device))
 

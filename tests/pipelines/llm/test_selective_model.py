@@ -75,7 +75,7 @@ def test_generation_of_a_padded_batch(lm: SimpleNamespace, budget: int | None) -
 def test_a_cache_brings_its_own_budget_and_stays_small(lm: SimpleNamespace) -> None:
     model, ids = lm.model(), lm.ids(70)
     apply(model, "selective")
-    cache = SelectiveCache(model.config, budget=[16, 8])
+    cache = SelectiveCache(model, budget=[16, 8])
     text = model.generate(ids, past_key_values=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False)
     assert text.shape == (1, 90)
     assert cache.get_seq_length() == 89
@@ -127,7 +127,7 @@ def test_density_is_what_a_budget_leaves(lm: SimpleNamespace) -> None:
 @torch.no_grad()
 def test_refusals(lm: SimpleNamespace) -> None:
     model, ids = lm.model(), lm.ids(8)
-    cache = SelectiveCache(model.config, budget=4)
+    cache = SelectiveCache(model, budget=4)
     model(ids, past_key_values=cache)
     with pytest.raises(InputError, match='apply\\(model, "selective"\\) first'):
         model(ids[:, :1], past_key_values=cache)
@@ -135,6 +135,8 @@ def test_refusals(lm: SimpleNamespace) -> None:
         apply(model, "selective", head=4)
     with pytest.raises(InputError, match="layer 1 has none"):
         apply(model, "selective", budget=(4,))
+    with pytest.raises(InputError, match="model is a LlamaConfig; it must be a model"):
+        SelectiveCache(model.config, budget=4)  # type: ignore[arg-type]
     for options, words in ((dict(budget=1), "budget is 1"), (dict(dense_len=9), "dense_len is 9")):
         with pytest.raises(InputError, match=words):
             SelectiveConfig(**options)

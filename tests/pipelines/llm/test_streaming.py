@@ -352,6 +352,8 @@ def test_what_cannot_stream_is_refused(lm: SimpleNamespace) -> None:
     own = lm.model("mistral", sliding_window=32)
     with pytest.raises(InputError, match="together they may be 31"):
         apply(own, "streaming", sink=4, window=28)
+    with pytest.raises(InputError, match="model is a LlamaConfig; it must be a model"):
+        SinkCache(model.config)
     for rope in ("dynamic", "longrope"):
         other = lm.model()
         other.model.rotary_emb.rope_type = rope
