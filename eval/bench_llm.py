@@ -62,11 +62,11 @@ class AttentionShape:
     batch: int = 1
 
     def __post_init__(self) -> None:
-        if min(asdict(self).values()) < 1 or self.heads % self.kv_heads:
-            raise InputError(
-                f"heads is {self.heads}, kv_heads {self.kv_heads}, head_dim {self.head_dim}, batch {self.batch}; all "
-                "must be at least 1, and kv_heads divide heads"
-            )
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise InputError(f"heads is {self.heads}; kv_heads {self.kv_heads} must divide it")
 
 
 @torch.no_grad()
@@ -234,13 +234,15 @@ def random_model(name: str, layers: int | None, dtype: torch.dtype, device: torc
     """A Llama with random weights in the sizes of a known model; fewer layers on request.
 
     Raises:
-        InputError: if the name is unknown.
+        InputError: if the name is unknown, or it has fewer layers.
     """
     if name not in ARCHITECTURES:
         raise InputError(f"architecture is {name!r}; choose from {', '.join(ARCHITECTURES)}")
+    heads, kv_heads, head_dim, hidden, inner, depth, vocabulary = ARCHITECTURES[name]
+    if layers is not None and not 1 <= layers <= depth:
+        raise InputError(f"layers is {layers}; {name} has {depth}, allowed is 1 to {depth}")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    heads, kv_heads, head_dim, hidden, inner, depth, vocabulary = ARCHITECTURES[name]
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

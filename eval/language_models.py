@@ -16,8 +16,8 @@ import torch
 from draftattn.errors import InputError
 
 
-def load_language_model(source: str, *, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """A causal language model of transformers in evaluation mode, and its tokenizer.
+def load_model(source: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """A causal language model of transformers in evaluation mode.
 
     Args:
         source: where it is.
@@ -27,12 +27,6 @@ def load_language_model(source: str, *, dtype: torch.dtype, device: torch.device
     Raises:
         InputError: if there is no such model, or a package that reads it is missing.
     """
-    tokenizer = load_tokenizer(source)
-    return load_model(source, dtype=dtype, device=device), tokenizer
-
-
-def load_model(source: str, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model alone; see `load_language_model`."""
     from transformers import AutoModelForCausalLM
 
     with _readable(source) as (where, arguments):
@@ -41,7 +35,7 @@ def load_model(source: str, *, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer alone, which takes a fraction of the model's time; see `load_language_model`."""
+    """Its tokenizer, which takes a fraction of the model's time; raises as `load_model` does."""
     from transformers import AutoTokenizer
 
     with _readable(source) as (where, arguments):
@@ -49,7 +43,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def num_layers(source: str) -> int:
-    """Layers of a model, from its configuration alone; raises as `load_language_model` does."""
+    """Layers of a model, from its configuration alone; raises as `load_model` does."""
     from transformers import AutoConfig
 
     with _readable(source) as (where, arguments):

@@ -195,8 +195,10 @@ def bench(
         _refuse({**of_model, **_given(layers=layers)}, "it applies with --model only")
     else:
         _refuse({**of_layer, **of_timing}, "it applies without --model only")
-        _check_layers(model, layers)
-    _check_least(1, **of_layer, **of_model)
+        if model not in bench_llm.ARCHITECTURES:
+            names = ", ".join(bench_llm.ARCHITECTURES)
+            _refuse(_given(layers=layers), f"it applies to random weights only: --model {names}")
+    _check_least(1, **of_model)
     if seconds is not None and not seconds > 0:
         raise InputError(f"seconds is {seconds}; it must be above 0")
     _check_outputs(output, plot)
@@ -348,19 +350,6 @@ def _load(model: str, dtype: options.Dtype) -> tuple[Any, torch.device]:
 
     device = options.default_device()
     return load_model(model, dtype=options.resolve_dtype(dtype, device), device=device), device
-
-
-def _check_layers(model: str, layers: int | None) -> None:
-    """Checks that only a model with random weights is asked for fewer layers, and for no more than it has."""
-    from draftattn.eval.bench_llm import ARCHITECTURES
-
-    if layers is None:
-        return
-    if model not in ARCHITECTURES:
-        raise InputError(f"layers is {layers}; it applies to random weights only: --model {', '.join(ARCHITECTURES)}")
-    *_, depth, _ = ARCHITECTURES[model]
-    if not 1 <= layers <= depth:
-        raise InputError(f"layers is {layers}; {model} has {depth}, allowed is 1 to {depth}")
 
 
 def _load_or_random(model: str, layers: int | None, dtype: options.Dtype) -> Any:

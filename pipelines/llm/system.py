@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from draftattn.errors import InputError
+from draftattn.errors import DraftAttentionWarning, InputError
 from draftattn.kernels.block_mask import BlockMask
 from draftattn.pipelines.llm.density import DensityRecorder
 from draftattn.pipelines.llm.options import checked_options
@@ -144,7 +144,7 @@ class AttentionSystem(ABC):
         """Warns, the first time only."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(message, stacklevel=_level_of_caller())
+            warnings.warn(message, DraftAttentionWarning, stacklevel=_level_of_caller())
 
     def mask(self, request: dict[str, Any]) -> Any:
         """What the layers get as ``attention_mask``, from the keyword arguments of transformers' mask functions."""

@@ -20,7 +20,7 @@ from draftattn.cli.spoken_warnings import spoken_warnings
 from draftattn.errors import InputError
 from draftattn.eval import bench_llm
 from draftattn.eval.dense_yardstick import dense_yardstick
-from draftattn.eval.language_models import load_language_model
+from draftattn.eval.language_models import load_model, load_tokenizer
 from draftattn.eval.llm_gate import check_system, small_call
 from draftattn.eval.llm_specs import SystemSpec, density_sweep, parse_spec, parse_specs
 from draftattn.eval.perplexity import measure_perplexity, token_losses
@@ -66,7 +66,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_losses_are_those_of_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = load_language_model(str(folder), dtype=torch.float32, device=DEVICE)
+    model, tokenizer = load_model(str(folder), dtype=torch.float32, device=DEVICE), load_tokenizer(str(folder))
     ids = tokenizer("the rain fell in torrents", return_tensors="pt").input_ids.to(DEVICE)
     monkeypatch.setattr("draftattn.eval.perplexity._CHUNK_TOKENS", 7)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_losses_are_those_of_the_model(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_perplexity_is_that_of_the_applied_system_and_the_model_is_left_as_it_was(folder: Path) -> None:
-    model, _ = load_language_model(str(folder), dtype=torch.float32, device=DEVICE)
+    model = load_model(str(folder), dtype=torch.float32, device=DEVICE)
     tokens = torch.randint(0, 29, (100,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     before = token_losses(model, tokens)
     everything = parse_spec("draft:density=1.0,block_size=16,dense_len=0")
@@ -408,7 +408,7 @@ def test_a_density_above_one_is_explained(folder: Path, text: Path) -> None:
     [
         (["perplexity", "--model", "x.gguf", "--text", "missing.txt"], "text 'missing.txt' cannot be read"),
         (["bench", "--lengths", "1,x"], "lengths is '1,x'; give whole numbers"),
-        (["bench", "--heads", "3", "--kv-heads", "2"], "kv_heads divide heads"),
+        (["bench", "--heads", "3", "--kv-heads", "2"], "heads is 3; kv_heads 2 must divide it"),
         (["bench", "--system", "selective"], "selective works inside a model only"),
         (["bench", "--model", "nothing-here.gguf"], "model 'nothing-here.gguf' is no file"),
     ],

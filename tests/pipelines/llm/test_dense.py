@@ -61,7 +61,7 @@ def test_single_query_attention(
     error, torchs = (
         (x.double() - exact).norm() / exact.norm() for x in (output, literal(query, key, value, 0.3, mask))
     )
-    assert error <= 2 * torchs + torch.finfo(dtype).eps
+    assert error <= 2 * torchs + (1e-6 if dtype == torch.float32 else 0.0)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])

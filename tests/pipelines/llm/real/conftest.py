@@ -42,9 +42,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm() -> tuple[Any, Any]:
     """The model in float32 and its tokenizer."""
-    from draftattn.eval.language_models import load_language_model
+    from draftattn.eval.language_models import load_model, load_tokenizer
 
-    model, tokenizer = load_language_model(FILE, dtype=torch.float32, device=DEVICE)
+    model, tokenizer = load_model(FILE, dtype=torch.float32, device=DEVICE), load_tokenizer(FILE)
     return model, tokenizer
 
 
